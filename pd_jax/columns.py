@@ -1,0 +1,136 @@
+"""The column mask and the interleaved 2D RoPE: pure functions of coordinates, for training, prefill and decoding."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from pd_jax.config import ModelConfig
+
+Visibility = Literal["columns", "isolated", "prompts"]
+VISIBILITIES: tuple[Visibility, ...] = ("columns", "isolated", "prompts")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Coordinates:
+    """Where tokens stand: int32 branch, column, segment; bool valid and prompt. All of one shape [..., T]."""
+
+    branch: Array
+    column: Array
+    segment: Array
+    valid: Array
+    prompt: Array
+
+    @classmethod
+    def of(cls, layout) -> "Coordinates":
+        """The coordinates of a `Layout`, or of anything that has its arrays by key."""
+        return cls(*(jnp.asarray(layout[name]) for name in ("branch", "column", "segment", "valid", "prompt")))
+
+
+def check_visibility(visibility: str) -> None:
+    if visibility not in VISIBILITIES:
+        raise ValueError(f"visibility {visibility!r} is not one of {', '.join(VISIBILITIES)}")
+
+
+def column_mask(
+    query: Coordinates, key: Coordinates, visibility: Visibility = "columns", query_index: Array | None = None
+) -> Array:
+    """Who sees whom: bool [..., T, S], True where query i may look at key j.
+
+        allowed(i, j) = i == j  or  segment_i == segment_j and valid_i and valid_j
+                                    and column_j < column_i and visible(i, j)
+        visible: "columns"  always
+                 "isolated" branch_j is 0 (the background) or branch_i
+                 "prompts"  as isolated, or j is a prompt token
+
+    `query_index` [..., T] is the place of each query among the keys (default: 0..T-1, queries are the keys). PAD sees
+    itself only and is seen by nobody. A background of 2 tokens with prompts of 2 and 1, then one answer token each
+    (`align="left"`), "columns":
+
+                      B0 B1 Q1 Q2 Q1' A1 A2      column
+        B0             1  .  .  .  .  .  .          0
+        B1             1  1  .  .  .  .  .          1
+        Q1[0]          1  1  1  .  .  .  .          2
+        Q2[0]          1  1  .  1  .  .  .          2
+        Q1[1]          1  1  1  1  1  .  .          3
+        A1[0]          1  1  1  1  1  1  .          4
+        A2[0]          1  1  1  1  1  .  1          4
+    """
+    check_visibility(visibility)
+
+    def q(array: Array) -> Array:
+        return array[..., :, None]
+
+    def k(array: Array) -> Array:
+        return array[..., None, :]
+
+    seen = (q(query.segment) == k(key.segment)) & (q(query.valid) & k(key.valid)) & (k(key.column) < q(query.column))
+    if visibility != "columns":
+        visible = (k(key.branch) == 0) | (k(key.branch) == q(query.branch))
+        seen &= visible | k(key.prompt) if visibility == "prompts" else visible
+    size = key.column.shape[-1]
+    own = jnp.arange(query.column.shape[-1]) if query_index is None else query_index
+    return seen | (q(own) == jnp.arange(size))
+
+
+def sibling_mask(query: Coordinates, key: Coordinates) -> Array:
+    """bool [..., T, S]: key j belongs to another branch than query i and not to the background."""
+    other = key.branch[..., None, :]
+    return (other != 0) & (other != query.branch[..., :, None])
+
+
+def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """Qwen3's inv_freq, float32 [head_dim/2] (radians a column), and the factor on cos and sin (1 without YaRN).
+
+    Source: `transformers.modeling_rope_utils._compute_yarn_parameters` and Qwen3RotaryEmbedding.
+    """
+    dim, theta = config.head_dim, config.rope_theta
+    exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    frequency = (theta ** exponent.astype(np.float64)).astype(np.float32)
+    plain = np.float32(1) / frequency
+    yarn = config.yarn
+    if yarn is None:
+        return plain, 1.0
+
+    def correction(rotations: float) -> float:
+        return dim * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = correction(yarn.beta_fast), correction(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (np.arange(dim // 2, dtype=np.float32) - low) / (high - low if high != low else 0.001)
+    keep = np.float32(1) - np.clip(ramp, 0, 1).astype(np.float32)
+    stretched = np.float32(1) / (np.float32(yarn.factor) * frequency)
+    scale = yarn.attention_factor
+    if scale is None:
+        scale = 0.1 * math.log(yarn.factor) + 1.0 if yarn.factor > 1 else 1.0
+    return (stretched * (1 - keep) + plain * keep).astype(np.float32), scale
+
+
+def rope_tables(config: ModelConfig, branch: Array, column: Array) -> tuple[Array, Array]:
+    """cos and sin of the interleaved 2D RoPE, float32 [..., head_dim/2], from int32 coordinates [...].
+
+    The 1st, 3rd, 5th... entry of `config.pair_indices` (1-based frequency indices) turns with `branch_stride * branch`;
+    every other pair turns with the column. `()` is exactly Qwen3 with position_ids = column.
+    """
+    inv_freq, scale = inverse_frequencies(config)
+    turns_with_branch = np.zeros(config.head_dim // 2, bool)
+    turns_with_branch[[p - 1 for p in config.pair_indices[::2]]] = True
+    # float32: in bfloat16 a column above 256 has no exact value, and the angle would be off by radians.
+    x = config.branch_stride * branch.astype(jnp.float32)[..., None]
+    y = column.astype(jnp.float32)[..., None]
+    angle = jnp.where(turns_with_branch, x, y) * inv_freq
+    return jnp.cos(angle) * scale, jnp.sin(angle) * scale
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Turn [..., T, heads, head_dim] by tables [..., T, head_dim/2]: pair p is dimensions p and p + head_dim/2."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,187 @@
+"""The model's configuration: Hugging Face `config.json` both ways, and the column settings beside it.
+
+The column settings (which RoPE pairs turn with the branch, the branch stride, sibling_bias) decide what the weights
+mean, so they live in the same `config.json`, under the key `pd_jax`, and travel with every checkpoint.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DEFAULT_PAIR_INDICES = (8, 16, 24)
+SECTION = "pd_jax"  # the key of our settings inside config.json
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN (https://huggingface.co/papers/2309.00071) as `transformers.modeling_rope_utils` computes it."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Qwen3's shape (field names as in `transformers.Qwen3Config`) and the column settings.
+
+    Raises `ValueError` when the numbers do not fit together; see `from_hf` for what is refused.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 32768
+    yarn: Yarn | None = None
+    pair_indices: tuple[int, ...] = DEFAULT_PAIR_INDICES
+    branch_stride: float = 1.0
+    sibling_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; RoPE turns pairs of dimensions")
+        half = self.head_dim // 2
+        wrong = [p for p in self.pair_indices if not 1 <= p <= half]
+        if wrong:
+            raise ValueError(
+                f"pair_indices {list(self.pair_indices)}: {wrong} outside 1..{half} (head_dim {self.head_dim} has "
+                f"{half} RoPE pairs); pass --pair-indices with values in 1..{half}"
+            )
+        if len(set(self.pair_indices)) != len(self.pair_indices):
+            raise ValueError(f"pair_indices {list(self.pair_indices)} names a pair twice; list each pair once")
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], pair_indices: Sequence[int] | None = None) -> "ModelConfig":
+        """Read a Qwen3 `config.json` (transformers 4 or 5 style), with our section if it has one.
+
+        `pair_indices` is the caller's choice; None takes what is stored, else `DEFAULT_PAIR_INDICES`.
+        Raises `ValueError` with every unsupported or missing field named, or when `pair_indices` contradicts what the
+        weights were trained with.
+        """
+        errors: list[str] = []
+        if hf.get("model_type") != "qwen3":
+            errors.append(f"model_type is {hf.get('model_type')!r}, only 'qwen3' is supported")
+        for field, plain in (("attention_bias", False), ("use_sliding_window", False), ("hidden_act", "silu")):
+            if hf.get(field, plain) != plain:
+                errors.append(f"{field} is {hf[field]!r}, only {plain!r} is supported")
+        layer_types = set(hf.get("layer_types") or ["full_attention"])
+        if layer_types != {"full_attention"}:
+            errors.append(
+                f"layer_types has {sorted(layer_types - {'full_attention'})}, only full_attention is supported"
+            )
+        required = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        errors += [f"{field} is missing" for field in required if field not in hf]
+        theta, yarn = _read_rope(hf, errors)
+        if errors:
+            raise ValueError("config.json: " + "; ".join(errors))
+        heads = hf["num_attention_heads"]
+        ours = hf.get(SECTION, {})
+        unknown = sorted(set(ours) - {"pair_indices", "branch_stride", "sibling_bias"})
+        if unknown:
+            raise ValueError(f"config.json: unknown key {unknown} in {SECTION!r}; was it written by a newer pd_jax?")
+        stored = tuple(ours["pair_indices"]) if "pair_indices" in ours else None
+        if stored is not None and pair_indices is not None and tuple(pair_indices) != stored:
+            raise ValueError(
+                f"pair_indices {list(pair_indices)} was asked for, but the weights were trained with {list(stored)}; "
+                "leave pair_indices out"
+            )
+        chosen = stored if stored is not None else DEFAULT_PAIR_INDICES if pair_indices is None else tuple(pair_indices)
+        return cls(
+            **{field: hf[field] for field in required},
+            num_key_value_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            rope_theta=theta,
+            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=hf.get("tie_word_embeddings", False),
+            max_position_embeddings=hf.get("max_position_embeddings", 32768),
+            yarn=yarn,
+            pair_indices=chosen,
+            branch_stride=ours.get("branch_stride", 1.0),
+            sibling_bias=ours.get("sibling_bias", False),
+        )
+
+    def section(self) -> dict[str, Any]:
+        """The column settings as they are stored under the key `pd_jax` of config.json."""
+        return {
+            "pair_indices": list(self.pair_indices),
+            "branch_stride": self.branch_stride,
+            "sibling_bias": self.sibling_bias,
+        }
+
+    def to_hf(self, original: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """config.json for these settings: `original` kept field by field where there is one, and our section.
+
+        Without `original`, both generations' rope and dtype fields are written, because transformers 4 reads a
+        version 5 file with the wrong theta and says nothing.
+        """
+        if original is not None:
+            return {**original, SECTION: self.section()}
+        rope: dict[str, Any] = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        if self.yarn is not None:
+            rope |= {"rope_type": "yarn", **dataclasses.asdict(self.yarn)}
+        ours = {"yarn", "pair_indices", "branch_stride", "sibling_bias"}
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "use_sliding_window": False,
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ours},
+            "rope_parameters": rope,
+            "rope_scaling": None if self.yarn is None else {k: v for k, v in rope.items() if k != "rope_theta"},
+            SECTION: self.section(),
+        }
+
+
+def _read_rope(hf: Mapping[str, Any], errors: list[str]) -> tuple[float, Yarn | None]:
+    """theta and YaRN from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", hf.get("rope_theta"))
+    if theta is None:
+        errors.append("rope_theta is missing (neither rope_theta nor rope_parameters.rope_theta is there)")
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    if kind == "default":
+        return theta, None
+    if kind != "yarn":
+        errors.append(f"rope_type is {kind!r}, only 'default' and 'yarn' are supported")
+        return theta, None
+    rope = {k: v for k, v in rope.items() if v is not None}
+    rope.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
+    unknown = sorted(set(rope) - {f.name for f in dataclasses.fields(Yarn)})
+    if unknown:
+        errors.append(f"rope_parameters has {unknown}, which our YaRN does not know")
+    if "factor" not in rope:
+        errors.append("rope_parameters.factor is missing (yarn needs it)")
+    if unknown or "factor" not in rope:
+        return theta, None
+    return theta, Yarn(**rope)
+
+
+def read_config_json(directory: Path) -> dict[str, Any]:
+    """`directory`/config.json as a dict. Raises `ValueError` when it is absent or not JSON."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} has no config.json; pass a Hugging Face model directory or a pd_jax checkpoint")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None

@@ -1,0 +1,157 @@
+"""Qwen3 (https://arxiv.org/abs/2505.09388; `transformers.models.qwen3`) over column layouts.
+
+Axes: B batch, T query, S key, N heads, K kv heads, H head_dim, D hidden, F mlp, V vocab, L layers, R LoRA rank.
+Kernels are stored as einsum operands, the layers of a kind stacked along L: training scans over them, decoding unstacks
+them once (`pd_jax.decode`). The nnx module holds the arrays; what is computed is in pure functions of plain dicts.
+"""
+
+import zlib
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from pd_jax.attention import Attention, make_attention
+from pd_jax.columns import Coordinates, Visibility, rope_tables, rotate
+from pd_jax.config import ModelConfig
+
+Params = dict[str, Any]  # {"embed": [V, D], "norm": [D], "lm_head": [V, D] if untied, "layers": {name: [L, ...]}}
+PROJECTIONS = {"q": "dnh", "k": "dnh", "v": "dnh", "o": "nhd", "gate": "df", "up": "df", "down": "fd"}
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every kind of layer weight, without the leading L."""
+    d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
+    n, k = config.num_attention_heads, config.num_key_value_heads
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_norm": (d,),
+        "q": (d, n, h),
+        "k": (d, k, h),
+        "v": (d, k, h),
+        "q_norm": (h,),
+        "k_norm": (h,),
+        "o": (n, h, d),
+        "mlp_norm": (d,),
+        "gate": (d, f),
+        "up": (d, f),
+        "down": (f, d),
+    }
+    return shapes | ({"sibling_bias": (n,)} if config.sibling_bias else {})
+
+
+def param_shapes(config: ModelConfig) -> Params:
+    """The whole tree of shapes, the layers stacked."""
+    table = (config.vocab_size, config.hidden_size)
+    shapes: Params = {"embed": table, "norm": (config.hidden_size,)}
+    shapes["layers"] = {name: (config.num_hidden_layers, *s) for name, s in layer_shapes(config).items()}
+    return shapes if config.tie_word_embeddings else shapes | {"lm_head": table}
+
+
+SIBLING_BIAS_START = -8.0  # the model begins as the isolated one and learns how far to look
+
+
+def init_params(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
+    """Random weights: norms 1, everything else normal with std fan_in^-0.5.
+
+    With Qwen3's initializer_range (0.02) a small model never leaves the plateau of a look-up task.
+    """
+
+    def init(path: tuple, shape: tuple[int, ...]) -> Array:
+        name = path[-1].key
+        if name.endswith("norm"):
+            return jnp.ones(shape, dtype)
+        if name == "sibling_bias":
+            return jnp.full(shape, SIBLING_BIAS_START, dtype)
+        fan_in = config.hidden_size
+        if name == "o":
+            fan_in = config.num_attention_heads * config.head_dim
+        elif name == "down":
+            fan_in = config.intermediate_size
+        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return (jax.random.normal(own, shape, jnp.float32) * fan_in**-0.5).astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(init, param_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """float32 statistics, cast back, then the weight (the order matters in bfloat16)."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return weight.astype(x.dtype) * normed.astype(x.dtype)
+
+
+def project(x: Array, layer: Params, name: str) -> Array:
+    """x @ kernel, for the projection `name` of one layer."""
+    layout = PROJECTIONS[name]
+    contracted, kept = (layout[:1], layout[1:]) if name != "o" else (layout[:2], layout[2:])
+    return jnp.einsum(f"...{contracted},{layout}->...{kept}", x, layer[name].astype(x.dtype))
+
+
+def block(config: ModelConfig, layer: Params, x: Array, rope: tuple[Array, Array], attend: Attention) -> Array:
+    """One decoder layer: x [B, T, D] -> [B, T, D]. `attend` is self-attention, or attention over a cache."""
+    norm = partial(rms_norm, eps=config.rms_norm_eps)
+    h = norm(x, layer["attn_norm"])
+    q = rotate(norm(project(h, layer, "q"), layer["q_norm"]), *rope)  # [B, T, N, H]
+    k = rotate(norm(project(h, layer, "k"), layer["k_norm"]), *rope)  # [B, T, K, H]
+    v = project(h, layer, "v")
+    x = x + project(attend(q, k, v, layer.get("sibling_bias")), layer, "o")
+    h = norm(x, layer["mlp_norm"])
+    return x + project(jax.nn.silu(project(h, layer, "gate")) * project(h, layer, "up"), layer, "down")
+
+
+def head(params: Params) -> Array:
+    """The output matrix [V, D]; the embedding itself when the two are tied."""
+    return params.get("lm_head", params["embed"])
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens: Array,
+    coordinates: Coordinates,
+    visibility: Visibility = "columns",
+    dtype: Any = jnp.float32,
+    remat: bool = False,
+) -> Array:
+    """Hidden states [B, T, D] in `dtype`, after the last norm, of laid-out rows `tokens` [B, T]."""
+    rope = rope_tables(config, coordinates.branch, coordinates.column)
+    attend = make_attention(coordinates, visibility)
+
+    def body(x: Array, layer: Params) -> tuple[Array, None]:
+        return block(config, layer, x, rope, attend), None
+
+    x = params["embed"][tokens].astype(dtype)
+    x, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, x, params["layers"])
+    return rms_norm(x, params["norm"], config.rms_norm_eps)
+
+
+def logits(params: Params, hidden: Array) -> Array:
+    """float32 [..., V] from hidden states [..., D]."""
+    return jnp.einsum("...d,vd->...v", hidden, head(params).astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+class Qwen3(nnx.Module):
+    """The arrays of a Qwen3 as an nnx module: `embed`, `layers.*`, `norm` and, when untied, `lm_head`.
+
+    `model(tokens, coordinates)` gives float32 logits [B, T, V]. Training and decoding take `model.params()` and run
+    pure functions under plain `jax.jit`: nnx inside the step costs up to 90 ms of Python a call.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        params = init_params(config, rngs.params())
+        self.config = config
+        self.embed = nnx.Param(params["embed"])
+        self.layers = nnx.Dict({name: nnx.Param(value) for name, value in params["layers"].items()})
+        self.norm = nnx.Param(params["norm"])
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Param(params["lm_head"])
+
+    def params(self) -> Params:
+        return nnx.to_pure_dict(nnx.state(self, nnx.Param))
+
+    def __call__(self, tokens: Array, coordinates: Coordinates, visibility: Visibility = "columns") -> Array:
+        params = self.params()
+        return logits(params, forward(params, self.config, tokens, coordinates, visibility, params["embed"].dtype))
