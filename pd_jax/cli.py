@@ -1,0 +1,155 @@
+"""Command lines from frozen dataclasses: flags, grouped help, a YAML file of defaults, one-line errors.
+
+    @dataclass(frozen=True)
+    class Flags:
+        model_name: str = flag("Qwen/Qwen3-4B", "directory or hub id", group="model")
+
+    if __name__ == "__main__":
+        run(lambda: main(parse(Flags, description=__doc__)))
+
+Nothing here imports jax: `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    group: str = "options",
+    choices: Sequence[str] | None = None,
+    minimum: float | None = None,
+) -> Any:
+    """A dataclass field that is a command-line flag. `minimum` bounds a number from below, inclusively."""
+    return dataclasses.field(
+        default=default, metadata={"help": help, "group": group, "choices": choices, "minimum": minimum}
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _kind(annotation: Any) -> tuple[type, bool]:
+    """(the scalar type, whether it is a list) of a field's annotation; `X | None` counts as X."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
+    if typing.get_origin(annotation) is tuple:
+        return typing.get_args(annotation)[0], True
+    return annotation, False
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _coerce(value: Any, kind: type, many: bool, name: str) -> Any:
+    """A YAML value as the field's type; PyYAML reads 1e-4 as text, so text that is a number counts as one."""
+    if value is None:
+        return None
+    if many:
+        return tuple(_coerce(v, kind, False, name) for v in (value if isinstance(value, list) else [value]))
+    if isinstance(value, bool) == (kind is bool) and not isinstance(value, list | dict):
+        try:
+            number = kind(value)
+        except ValueError:
+            pass
+        else:
+            if kind is not int or number == float(value):
+                return number
+    raise ValueError(f"{name}: {value!r} in the YAML file is not {kind.__name__}")
+
+
+def _read_yaml(path: str, fields: dict[str, dataclasses.Field], hints: dict[str, Any]) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path}: no such file")
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"--config {path} holds {type(loaded).__name__}; write one `flag: value` a line")
+    values = {}
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            raise ValueError(f"--config {path}: unknown key {key!r}{_suggest(name, list(fields))}")
+        values[name] = _coerce(value, *_kind(hints[name]), name=f"--config {path}: {key}")
+    return values
+
+
+def parse(flags: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
+    """An instance of the dataclass `flags` from `argv`: defaults < the --config file < flags given by hand.
+
+    Raises `ValueError` for an unknown flag or YAML key (with the nearest known one) and for a value out of range.
+    """
+    hints = typing.get_type_hints(flags)
+    fields = {f.name: f for f in dataclasses.fields(flags)}  # ty: ignore[invalid-argument-type]
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups: dict[str, Any] = {"options": parser}
+    parser.add_argument("--config", metavar="FILE.yaml", help="a file of defaults; flags given by hand win")
+    for name, field in fields.items():
+        kind, many = _kind(hints[name])
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        text = field.metadata["help"].replace("%", "%%")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f"{text} (default: {shown})"}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": kind, "choices": field.metadata["choices"]}
+            options |= {"nargs": "*"} if many else {}
+            if field.metadata["choices"] is None:
+                options["metavar"] = {int: "N", float: "X"}.get(kind, name.split("_")[-1].upper())
+        groups[title].add_argument(f"--{name.replace('_', '-')}", **options)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise ValueError(f"unrecognized argument {unknown[0]}{_suggest(unknown[0].split('=')[0], known)}")
+    values = vars(given)
+    path = values.pop("config")
+    if path is not None:
+        values = _read_yaml(path, fields, hints) | values
+    for name, value in values.items():
+        values[name] = tuple(value) if isinstance(value, list) else value
+        choices, minimum = fields[name].metadata["choices"], fields[name].metadata["minimum"]
+        if choices is not None and value not in choices:
+            raise ValueError(f"--{name.replace('_', '-')} {value!r} is not one of {', '.join(choices)}")
+        if minimum is not None and value is not None and not value >= minimum:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is below {minimum}, the least that makes sense")
+    return flags(**values)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script. A `ValueError` of ours becomes one line on stderr and exit code 2; others keep their traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of ours tokenise already
+    try:
+        main()
+    except ValueError as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        origin = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+        if origin != "__main__" and origin.split(".")[0] != "pd_jax":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

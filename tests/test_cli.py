@@ -1,0 +1,92 @@
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pd_jax.cli import flag, parse, run
+
+
+@dataclass(frozen=True)
+class Flags:
+    branch_count: int = flag(16, "branches a sample", group="data", minimum=1)
+    learning_rate: float = flag(4e-4, "peak learning rate", group="optimiser")
+    use_lora: bool = flag(False, "train adapters only")
+    pair_indices: tuple[int, ...] | None = flag(None, "1-based frequency indices")
+    names: tuple[str, ...] = flag(("q", "v"), "module names")
+    mode: str = flag("left", "alignment", choices=("left", "right"))
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_then_yaml_then_flags(tmp_path):
+    path = write(tmp_path, "branch-count: 4\nlearning_rate: 1e-4\nuse-lora: true\npair_indices: [2, 4]\n")
+    assert parse(Flags, []) == Flags()
+    assert parse(Flags, ["--config", path]) == Flags(4, 1e-4, True, (2, 4))
+    assert parse(Flags, ["--config", path, "--branch-count", "8", "--no-use-lora"]) == Flags(8, 1e-4, False, (2, 4))
+
+
+def test_an_empty_list_is_a_value():
+    assert parse(Flags, ["--pair-indices"]).pair_indices == ()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--brnch-count", "3"], r"unrecognized argument --brnch-count \(did you mean --branch-count\?\)"),
+        (["--branch", "3"], "unrecognized argument --branch"),
+        (["--branch-count", "0"], "--branch-count 0 is below 1"),
+    ],
+)
+def test_bad_flags(argv, message):
+    with pytest.raises(ValueError, match=message):
+        parse(Flags, argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("branch_cuont: 3", r"unknown key 'branch_cuont' \(did you mean branch_count\?\)"),
+        ("branch_count: 2.5", "2.5 in the YAML file is not int"),
+        ("branch_count: many", "'many' in the YAML file is not int"),
+        ("use_lora: 1", "1 in the YAML file is not bool"),
+        ("mode: middle", "--mode 'middle' is not one of left, right"),
+        ("branch_count: 0", "--branch-count 0 is below 1"),
+        ("[1, 2]", "holds list"),
+        ("a: b: c", "not valid YAML"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(Flags, ["--config", write(tmp_path, text)])
+
+
+def test_bad_values_exit_with_2(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(Flags, ["--branch-count", "three"])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.startswith("error: argument --branch-count: invalid int value: 'three'")
+
+
+def test_our_errors_are_one_line_and_others_keep_their_traceback(capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(lambda: print(parse(Flags, ["--mod", "left"])))
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: unrecognized argument --mod (did you mean --mode?)\n"
+    with pytest.raises(ValueError, match="invalid literal"):
+        run(lambda: print(int("x")))  # raised in this test module, not in pd_jax
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune", "evaluate", "demo", "quickstart"])
+def test_help_is_grouped_and_does_not_wait_for_jax(script):
+    code = f"import sys, runpy; sys.argv = ['x', '--help']; runpy.run_path('scripts/{script}.py', run_name='__main__')"
+    code = f"import atexit, sys\natexit.register(lambda: print('JAX' if 'jax' in sys.modules else 'NONE'))\n{code}"
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert "--output-dir" in done.stdout or script == "demo"
+    assert done.stdout.endswith("NONE\n")
