@@ -1,0 +1,207 @@
+"""SQuAD: questions grouped by the context they are about, from the hub or from a local file.
+
+Two layouts are read. The official one nests `data[].paragraphs[].qas[]`; the hub's has one flat row a question (id,
+title, context, question, answers{text[]}). Both become flat rows, and rows with the same context become one `Context`.
+"""
+
+import gzip
+import json
+import urllib.request
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pd_jax.layout import Branch, Sample, TokenSample
+
+OFFICIAL_URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset/{}-v1.1.json"
+OFFICIAL_FILES = {"train": "train", "validation": "dev"}  # split -> file name, for `rajpurkar/squad`
+SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
+ADVICE = "pass a local SQuAD file (.json, .json.gz, .jsonl, .jsonl.gz or .parquet) as --dataset-name"
+
+Row = tuple[str, dict[str, Any]]  # where it stands (for messages) and the row in the hub's layout
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and all its gold answers, stripped, at least one."""
+
+    id: str
+    text: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Context:
+    """A text and the questions about it."""
+
+    title: str
+    text: str
+    questions: tuple[Question, ...]
+
+
+def load_squad(name: str, split: str = "train", local_files_only: bool = False) -> list[Context]:
+    """All contexts of `name`: a local file, a local copy of a hub repository, or a hub id; in the data's order.
+
+    A local file is one split; `split` is ignored then. Raises `ValueError` for a path that is not there, a file that is
+    not SQuAD data (which key is missing where), an empty question or answer (with its id), or an unreachable hub.
+    """
+    path = Path(name)
+    if path.is_file():
+        rows = _file_rows(path)
+    elif name.endswith(SUFFIXES):
+        raise ValueError(f"{name} does not exist; {ADVICE}")
+    else:
+        rows = _hub_rows(name, split, local_files_only)
+    contexts = _group(rows)
+    if not contexts:
+        raise ValueError(f"{name} has no questions; {ADVICE}")
+    return contexts
+
+
+def select(
+    contexts: Iterable[Context], max_branches: int, min_questions: int, max_samples: int | None
+) -> list[Context]:
+    """The first `max_samples` contexts that have `min_questions`, each with its first `max_branches` questions."""
+    if min_questions > max_branches:
+        raise ValueError(f"--min-questions {min_questions} is above --max-branches {max_branches}; lower one of them")
+    chosen = [c for c in contexts if len(c.questions) >= min_questions][:max_samples]
+    if not chosen:
+        raise ValueError(f"no context has {min_questions} questions; lower --min-questions (or raise the sample limit)")
+    return [Context(c.title, c.text, c.questions[:max_branches]) for c in chosen]
+
+
+def background_text(context: Context) -> str:
+    return f"Context: {context.text}\n"
+
+
+def prompt_text(question: Question) -> str:
+    return f"Question: {question.text}\nAnswer:"
+
+
+def answer_text(answer: str) -> str:
+    return f" {answer}"
+
+
+def to_sample(context: Context) -> Sample:
+    """The context and its questions as text, for decoding."""
+    return Sample(background_text(context), [prompt_text(q) for q in context.questions])
+
+
+def to_tokens(context: Context, tokenizer: Any, end: int) -> TokenSample:
+    """The context, its questions and their first gold answers as ids; the pieces are tokenised one by one."""
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    branches = [Branch(ids(prompt_text(q)), ids(answer_text(q.answers[0])), end) for q in context.questions]
+    return TokenSample(ids(background_text(context)), branches)
+
+
+def _get(value: Any, key: str, kind: type, where: str) -> Any:
+    """value[key], checked. `where` names the file and the place in it."""
+    if not isinstance(value, dict) or key not in value:
+        found = sorted(value) if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"{where} has no {key!r} (found: {found}); this is not SQuAD data; {ADVICE}")
+    if not isinstance(value[key], kind):
+        raise ValueError(f"{where}.{key} is {type(value[key]).__name__}, expected {kind.__name__}; {ADVICE}")
+    return value[key]
+
+
+def _group(rows: Iterable[Row]) -> list[Context]:
+    """Rows with the same context text become one `Context`, in order of first appearance."""
+    titles: dict[str, str] = {}
+    questions: dict[str, list[Question]] = {}
+    for where, row in rows:
+        identity = str(row.get("id", where)) if isinstance(row, dict) else where
+        text = _get(row, "context", str, where).strip()
+        question = _get(row, "question", str, where).strip()
+        answers = tuple(str(a).strip() for a in _get(_get(row, "answers", dict, where), "text", list, where))
+        if not question:
+            raise ValueError(f"{where}: question {identity!r} is empty; remove it from the data")
+        if not answers or not all(answers):
+            raise ValueError(
+                f"{where}: question {identity!r} has {'an empty answer' if answers else 'no answer'}; every question "
+                "needs answers (unanswerable questions, as in SQuAD 2.0, are not supported)"
+            )
+        titles.setdefault(text, str(row.get("title", "")))
+        questions.setdefault(text, []).append(Question(identity, question, answers))
+    return [Context(titles[text], text, tuple(asked)) for text, asked in questions.items()]
+
+
+def _article_rows(articles: list[Any], source: str) -> Iterator[Row]:
+    """The official nested layout as flat rows."""
+    for a, article in enumerate(articles):
+        for p, paragraph in enumerate(_get(article, "paragraphs", list, f"{source}: data[{a}]")):
+            place = f"{source}: data[{a}].paragraphs[{p}]"
+            context = _get(paragraph, "context", str, place)
+            for q, qa in enumerate(_get(paragraph, "qas", list, place)):
+                where = f"{place}.qas[{q}]"
+                answers = _get(qa, "answers", list, where)
+                texts = [_get(answer, "text", str, f"{where}.answers[{i}]") for i, answer in enumerate(answers)]
+                yield where, {**qa, "title": article.get("title", ""), "context": context, "answers": {"text": texts}}
+
+
+def _file_rows(path: Path) -> Iterable[Row]:
+    """The rows of a local file in either layout."""
+    if not path.name.endswith(SUFFIXES):
+        raise ValueError(f"{path} has no known suffix; {ADVICE}")
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return _numbered(pyarrow.parquet.read_table(path).to_pylist(), str(path))
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{path} is not a parquet file: {error}") from None
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        if ".jsonl" in path.suffixes:
+            return _numbered([json.loads(line) for line in text.split("\n") if line.strip()], str(path))
+        return _json_rows(json.loads(text), str(path))
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is not readable as {'JSON lines' if '.jsonl' in path.name else 'JSON'}: {error}"
+        ) from None
+
+
+def _json_rows(content: Any, source: str) -> Iterable[Row]:
+    """A JSON value: a list of flat rows, or the official layout."""
+    if isinstance(content, list):
+        return _numbered(content, source)
+    return _article_rows(_get(content, "data", list, source), source)
+
+
+def _numbered(rows: Iterable[Any], source: str) -> Iterator[Row]:
+    return ((f"{source}: row {i}", row) for i, row in enumerate(rows))
+
+
+def _hub_rows(name: str, split: str, local_files_only: bool) -> Iterable[Row]:
+    """The rows of a hub data set (or a local copy of its repository), else those of the official file.
+
+    Offline nothing is tried over the network: `datasets` would retry for half a minute before it gives up.
+    """
+    import datasets
+    import huggingface_hub
+
+    source, offline = name, local_files_only or huggingface_hub.is_offline_mode()
+    try:
+        if offline and not Path(name).is_dir():
+            try:
+                source = huggingface_hub.snapshot_download(name, repo_type="dataset", local_files_only=True)
+            except OSError:
+                # Only with HF_HUB_OFFLINE=1 does `datasets` look into its own cache and stay off the network.
+                if not huggingface_hub.is_offline_mode():
+                    raise
+        return _numbered(datasets.load_dataset(source, split=split), f"{name} [{split}]")
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        if offline or name != "rajpurkar/squad" or split not in OFFICIAL_FILES:
+            raise ValueError(f"data set {name!r} [{split}] cannot be loaded ({reason}); {ADVICE}") from None
+    url = OFFICIAL_URL.format(OFFICIAL_FILES[split])
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return _json_rows(json.load(response), url)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"neither the hub ({reason}) nor {url} ({error}) can be reached; {ADVICE}") from None
