@@ -1,0 +1,106 @@
+"""Batches for training, with grain: shuffled by seed, shared out over processes, resumable at any step.
+
+A batch is a dict of the arrays of `pd_jax.layout.Layout`, [rows of this process, T]. What an iterator's `get_state()`
+returns is JSON and the same on every process, so a run may be resumed with another number of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import datasets
+import grain
+import numpy as np
+
+from pd_jax.data.fineweb import Documents, branch_sample
+from pd_jax.layout import Align, Layout, Objective, TokenSample, build_layout, pack
+
+Row = dict[str, np.ndarray]
+SHUFFLE_WINDOW = 8192  # segments held to shuffle a stream
+
+
+def _lay_out(samples: Sequence[TokenSample], length: int, align: Align, objective: Objective, pad_id: int) -> Row:
+    layout = build_layout([samples], length, align, objective, pad_id)
+    return {f.name: layout[f.name][0] for f in fields(Layout)}
+
+
+class _Stream(grain.IterDataset):
+    """A streamed `datasets` data set as a grain source whose position can be saved."""
+
+    def __init__(self, documents: datasets.IterableDataset) -> None:
+        super().__init__()
+        self._documents = documents
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _StreamIterator(self._documents)
+
+
+class _StreamIterator(grain.DatasetIterator):
+    def __init__(self, documents: datasets.IterableDataset) -> None:
+        super().__init__()
+        self._documents, self._rows = documents, None
+
+    def __next__(self) -> dict[str, Any]:
+        if self._rows is None:
+            self._rows = iter(self._documents)
+        return next(self._rows)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._documents.state_dict()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._documents.load_state_dict(state)
+        self._rows = None
+
+
+def _elastic(rows: grain.MapDataset, rows_per_step: int) -> grain.DatasetIterator:
+    return iter(grain.experimental.ElasticIterator(rows, rows_per_step, grain.sharding.ShardByJaxProcess()))
+
+
+def pretrain_batches(
+    segments: Documents, branch_count: int, seq_length: int, rows_per_step: int, seed: int, align: Align, pad_id: int
+) -> grain.DatasetIterator:
+    """Endless batches of `rows_per_step` rows (over all processes), each of `branch_count` segments.
+
+    A streamed data set is read once, in windows of shuffled segments, by every process in full.
+    """
+    length = branch_count * seq_length
+
+    def row(group: list[dict[str, Any]]) -> Row:
+        return _lay_out([branch_sample(group)], length, align, "all", pad_id)
+
+    if isinstance(segments, datasets.IterableDataset):
+        stream = grain.experimental.WindowShuffleIterDataset(_Stream(segments), window_size=SHUFFLE_WINDOW, seed=seed)
+        stream = stream.batch(branch_count, drop_remainder=True, batch_fn=row)
+        share = grain.sharding.ShardByJaxProcess()
+        per_step = stream.batch(rows_per_step, drop_remainder=True)
+        mine = slice(share.shard_index, None, share.shard_count)
+        return iter(per_step.map(lambda batch: {name: array[mine] for name, array in batch.items()}))
+    if len(segments) < branch_count:
+        raise ValueError(
+            f"the documents give {len(segments)} segments, fewer than --branch-count {branch_count}; use more "
+            "documents, a smaller --seq-length or fewer branches"
+        )
+    rows = grain.MapDataset.source(segments).shuffle(seed).batch(branch_count, drop_remainder=True, batch_fn=row)
+    return _elastic(rows.repeat(), rows_per_step)
+
+
+def finetune_rows(sizes: Sequence[int], length: int, epochs: int, seed: int) -> list[list[int]]:
+    """Which samples share a row: every sample once an epoch, in a new order each epoch, packed first-fit."""
+    rows = []
+    for epoch in range(epochs):
+        order = np.random.default_rng((seed, epoch)).permutation(len(sizes))
+        rows += [[int(order[i]) for i in group] for group in pack([sizes[i] for i in order], length)]
+    return rows
+
+
+def finetune_batches(
+    samples: Sequence[TokenSample], rows: list[list[int]], length: int, rows_per_step: int, align: Align, pad_id: int
+) -> grain.DatasetIterator:
+    """`rows` (lists of indices into `samples`) in order; the last batch is filled up with rows of PAD."""
+    full = rows + [[]] * (-len(rows) % rows_per_step)
+
+    def row(group: list[int]) -> Row:
+        return _lay_out([samples[i] for i in group], length, align, "answers", pad_id)
+
+    return _elastic(grain.MapDataset.source(full).map(row), rows_per_step)
