@@ -1,0 +1,235 @@
+"""Model directories: config.json, tokenizer files and weights, as Hugging Face's safetensors or our orbax `params/`."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from pd_jax.config import ModelConfig, read_config_json
+from pd_jax.model import SIBLING_BIAS_START, Params, param_shapes
+from pd_jax.weights import Progress, raise_collected, read_params
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every file it opens
+
+PARAMS = "params"  # the orbax checkpoint inside a model directory
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+CONCURRENT_BYTES = 256 << 20  # orbax's buffers beside the model; without a limit it holds the model twice
+
+
+# --- finding, reading
+def find_model(path_or_hub_id: str, local_files_only: bool = False) -> Path:
+    """A directory as it is, or the local snapshot of a hub id (downloaded unless `local_files_only`).
+
+    Raises `ValueError` when there is neither.
+    """
+    directory = Path(path_or_hub_id).expanduser()
+    if directory.is_dir():
+        return directory
+    name = str(path_or_hub_id)
+    if directory.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"{name} is not a directory; pass a model directory or a hub id like Qwen/Qwen3-0.6B")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", f"{PARAMS}/*"]
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
+    except (OSError, HFValidationError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name} is no directory here and could not be had from the hub ({type(error).__name__}: {reason}); "
+            "pass a local model directory, or download it first"
+        ) from None
+
+
+def load_config(directory: Path, pair_indices: Sequence[int] | None = None) -> ModelConfig:
+    """The model's configuration; `pair_indices` must agree with what is stored. Raises `ValueError`."""
+    try:
+        return ModelConfig.from_hf(read_config_json(directory), pair_indices)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The directory's fast tokenizer. Raises `ValueError` when its files are missing."""
+    if not (directory / "tokenizer.json").is_file() and not (directory / "vocab.json").is_file():
+        raise ValueError(f"{directory} has no tokenizer (tokenizer.json); copy the base model's tokenizer files there")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+
+
+def load_eos_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end an answer: generation_config.json's, else config.json's, else the tokenizer's."""
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        if path.is_file():
+            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            if ids is not None:
+                return tuple(ids) if isinstance(ids, list) else (ids,)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{directory} names no end-of-sequence token; add eos_token_id to generation_config.json")
+    return (tokenizer.eos_token_id,)
+
+
+def load_params(
+    directory: Path,
+    config: ModelConfig,
+    dtype: Any = jnp.float32,
+    shardings: Any = None,
+    progress: Progress | None = None,
+) -> Params:
+    """The weights, from `params/` or from safetensors, in `dtype` (None: as they are stored).
+
+    `shardings` is a tree of shardings like `param_shapes(config)`; None puts everything on the default device. A
+    `sibling_bias` that `config` asks for and the directory does not have starts at its initial value. Raises
+    `ValueError` with every tensor that is missing, unknown or of another shape.
+    """
+    if shardings is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: here, param_shapes(config), is_leaf=_is_shape)
+    if config.sibling_bias and not load_config(directory).sibling_bias:
+        layers = dict(shardings["layers"])
+        own = layers.pop("sibling_bias")
+        plain = dataclasses.replace(config, sibling_bias=False)
+        params = load_params(directory, plain, dtype, {**shardings, "layers": layers}, progress)
+        start = np.full((config.num_hidden_layers, config.num_attention_heads), SIBLING_BIAS_START, np.float32)
+        params["layers"]["sibling_bias"] = jax.device_put(start.astype(params["norm"].dtype), own)
+        return params
+    has_orbax, has_files = (directory / PARAMS).is_dir(), any(directory.glob("model*.safetensors*"))
+    if has_orbax and has_files:
+        raise ValueError(f"{directory} has weights twice, {PARAMS}/ and model*.safetensors; remove the wrong ones")
+    if has_orbax:
+        return _load_orbax(directory / PARAMS, config, dtype, shardings)
+    if has_files:
+        return read_params(directory, config, dtype, shardings, progress)
+    raise ValueError(f"{directory} has no weights, neither {PARAMS}/ nor model*.safetensors; is it complete?")
+
+
+def _is_shape(node: Any) -> bool:
+    return isinstance(node, tuple)
+
+
+def _context() -> ocp.Context:
+    """Orbax with bounded buffers."""
+    context = ocp.Context()
+    context.memory.write_concurrent_bytes = CONCURRENT_BYTES
+    context.memory.read_concurrent_bytes = CONCURRENT_BYTES
+    return context
+
+
+def _load_orbax(path: Path, config: ModelConfig, dtype: Any, shardings: Any) -> Params:
+    """The tree at `path`, checked against `config` before it is read."""
+    try:
+        stored = ocp.pytree_metadata(path).metadata
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {_root_cause(error)}") from None
+    have = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(stored)}
+    want = {
+        jax.tree_util.keystr(k): v
+        for k, v in jax.tree_util.tree_leaves_with_path(param_shapes(config), is_leaf=_is_shape)
+    }
+    errors = [f"{name} is missing" for name in want if name not in have]
+    errors += [f"{name} is unknown" for name in have if name not in want]
+    errors += [
+        f"{name} has shape {list(have[name].shape)}, the config says {list(shape)}"
+        for name, shape in want.items()
+        if name in have and tuple(have[name].shape) != shape
+    ]
+    raise_collected(path, errors)
+    target = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding),
+        stored,
+        shardings,
+    )
+    try:
+        with _context():
+            return ocp.load_pytree(path, target)
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {_root_cause(error)}") from None
+
+
+def _root_cause(error: BaseException) -> str:
+    """Orbax wraps every failure in a page about handlers; the reason is at the bottom of the chain."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # ty: ignore[invalid-assignment]
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+# --- writing
+@contextmanager
+def staging(directory: Path) -> Iterator[Path]:
+    """A temporary sibling of `directory` to write into; it takes its place when the block ends without an error.
+
+    Where `directory` exists already, the new files replace those of the same name and the rest stays: config.json
+    goes away first and comes last, so that what an interruption leaves behind never looks complete.
+    """
+    stage = directory.parent / f".{directory.name}.partial"
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+        if not directory.exists():
+            stage.rename(directory)
+            return
+        names = sorted((path.name for path in stage.iterdir()), key="config.json".__eq__)
+        (directory / "config.json").unlink(missing_ok=True)
+        for name in names:
+            if (directory / name).is_dir():
+                shutil.rmtree(directory / name)
+            os.replace(stage / name, directory / name)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def write_metadata(directory: Path, config: ModelConfig, source: Path, dtype: Any) -> None:
+    """config.json for weights of `dtype`, and the tokenizer and generation files of `source`.
+
+    The fields of `source`'s config.json stay as they are. Only a dtype field that would be untrue is corrected:
+    transformers loads weights in the dtype that it names.
+    """
+    original = read_config_json(source) if (source / "config.json").is_file() else None
+    hf = config.to_hf(original)
+    fields = [field for field in ("torch_dtype", "dtype") if field in hf]
+    hf |= dict.fromkeys(fields if original else ("torch_dtype", "dtype"), np.dtype(dtype).name)
+    (directory / "config.json").write_text(json.dumps(hf, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name in COPIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+
+
+def save_model(directory: Path, params: Params, config: ModelConfig, source: Path) -> None:
+    """Write a complete model directory: orbax `params/`, config.json, and `source`'s tokenizer and generation files.
+
+    All or nothing, see `staging`. Every process must call it; process 0 writes the small files.
+    """
+    if jax.process_index() != 0:
+        _save_orbax(directory.parent / f".{directory.name}.partial" / PARAMS, params)
+        return
+    with staging(directory) as stage:
+        _save_orbax(stage / PARAMS, params)
+        write_metadata(stage, config, source, params["embed"].dtype)
+
+
+def _save_orbax(path: Path, params: Params) -> None:
+    with _context():
+        ocp.save_pytree(path.absolute(), params)

@@ -1,0 +1,353 @@
+"""Hugging Face's tensors and ours: one key table both ways, and safetensors read and written one tensor at a time.
+
+The files are read with plain seeks into the array that keeps the numbers (no mmap, whose pages would count as resident
+memory, and no second copy of a tensor), and only the rows that a shard needs.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from pd_jax.config import ModelConfig
+from pd_jax.model import PROJECTIONS, Params, layer_shapes, param_shapes
+
+HF_NAMES = {
+    "attn_norm": "input_layernorm.weight",
+    "q": "self_attn.q_proj.weight",
+    "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "sibling_bias": "self_attn.sibling_bias",
+    "o": "self_attn.o_proj.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+}
+HF_OUTER_NAMES = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "lm_head": "lm_head.weight"}
+
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+BLOCK_BYTES = 32 << 20  # what is read of a tensor at once: bounds the memory beside the model
+
+Progress = Callable[[str], Any]
+
+
+# --- the table
+class Entry(NamedTuple):
+    """One tensor: Hugging Face's name for it and its place in `Params`."""
+
+    name: str
+    path: tuple[str, ...]
+    layer: int | None  # its place along L; None for embed, norm and lm_head
+    shape: tuple[int, ...]  # in our axes, without L
+    order: tuple[int, ...]  # our axes in Hugging Face's order: outputs, then inputs
+    hf_shape: tuple[int, ...]
+
+
+def axis_order(name: str) -> tuple[int, ...]:
+    """Our axes of the projection `name` in Hugging Face's order, [out, in] with heads and head_dim apart."""
+    layout = PROJECTIONS[name]
+    inputs = 2 if name == "o" else 1
+    return (*range(inputs, len(layout)), *range(inputs))
+
+
+def key_table(config: ModelConfig) -> dict[str, Entry]:
+    """Every tensor of a model by its Hugging Face name, in the order in which exports write them."""
+
+    def outer(name: str, shape: tuple[int, ...]) -> Entry:
+        return Entry(HF_OUTER_NAMES[name], (name,), None, shape, tuple(range(len(shape))), shape)
+
+    def inner(layer: int, name: str, shape: tuple[int, ...]) -> Entry:
+        order, hf_shape = tuple(range(len(shape))), shape
+        if name in PROJECTIONS:
+            order = axis_order(name)
+            inputs = math.prod(shape[:2] if name == "o" else shape[:1])
+            hf_shape = (math.prod(shape) // inputs, inputs)
+        return Entry(f"model.layers.{layer}.{HF_NAMES[name]}", ("layers", name), layer, shape, order, hf_shape)
+
+    shapes = param_shapes(config)
+    entries = [outer("embed", shapes["embed"])]
+    for layer in range(config.num_hidden_layers):
+        entries += [inner(layer, name, shape) for name, shape in layer_shapes(config).items()]
+    entries += [outer(name, shapes[name]) for name in ("norm", "lm_head") if name in shapes]
+    return {entry.name: entry for entry in entries}
+
+
+# --- reading safetensors
+class Tensor(NamedTuple):
+    """A tensor in a safetensors file: where its bytes are."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, rows) of rows [start, stop) of the first axis, at most `BLOCK_BYTES` at once."""
+        stop = self.shape[0] if stop is None else stop
+        row = math.prod(self.shape[1:])
+        step = max(1, BLOCK_BYTES // max(1, row * self.dtype.itemsize))
+        with self.file.open("rb") as file:
+            file.seek(self.offset + start * row * self.dtype.itemsize)
+            for first in range(start, stop, step):
+                rows = min(step, stop - first)
+                yield first, np.fromfile(file, self.dtype, rows * row).reshape(rows, *self.shape[1:])
+
+    def read(self) -> np.ndarray:
+        """The whole tensor, in its own dtype."""
+        return np.concatenate([rows for _, rows in self.blocks()])
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise ValueError(f"duplicate tensors {twice}")
+    return dict(pairs)
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file. Raises `ValueError` naming the file when it is damaged or truncated.
+
+    Source: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON, then the tensors' bytes).
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{path} is truncated or not safetensors ({size:,} bytes); download it again")
+        try:
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
+        except ValueError as error:
+            raise ValueError(f"{path} has a damaged header ({error}); download it again") from None
+    header.pop("__metadata__", None)
+    tensors, wanted = {}, 8 + length
+    for name, info in header.items():
+        if info["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {name} is stored as {info['dtype']}, only {', '.join(DTYPES)} are supported")
+        start, stop = info["data_offsets"]
+        dtype, shape = DTYPES[info["dtype"]], tuple(info["shape"])
+        if stop - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path}: {name} has {stop - start:,} bytes, not what {info['dtype']} {shape} takes")
+        tensors[name] = Tensor(path, dtype, shape, 8 + length + start)
+        wanted = max(wanted, 8 + length + stop)
+    if size != wanted:
+        raise ValueError(f"{path} is truncated: {size:,} bytes, its header promises {wanted:,}; download it again")
+    return tensors
+
+
+def find_tensors(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """All tensors of a model directory's `model*.safetensors`, and what is wrong with the files."""
+    errors: list[str] = []
+    index = directory / "model.safetensors.index.json"
+    weight_map: dict[str, str] | None = None
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    else:
+        names = sorted(path.name for path in directory.glob("model*.safetensors"))
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            found = read_header(directory / name)
+        except FileNotFoundError:
+            errors.append(f"{name} is missing (model.safetensors.index.json lists it)")
+            continue
+        except ValueError as error:
+            errors.append(str(error))
+            continue
+        errors += [
+            f"{key} is both in {tensors[key].file.name} and in {name}" for key in sorted(found.keys() & tensors.keys())
+        ]
+        tensors |= found
+    if weight_map is not None and not errors:
+        errors += [f"{key} is in the index but in no file" for key in sorted(weight_map.keys() - tensors.keys())]
+    return tensors, errors
+
+
+def _check(tensors: dict[str, Tensor], table: dict[str, Entry], errors: list[str]) -> None:
+    """Append to `errors` every tensor that is missing, unknown or of another shape."""
+    errors += [f"{name} is missing" for name in table if name not in tensors]
+    errors += [f"{name} is unknown" for name in tensors if name not in table]
+    errors += [
+        f"{name} has shape {list(tensors[name].shape)}, the config says {list(entry.hf_shape)}"
+        for name, entry in table.items()
+        if name in tensors and tensors[name].shape != entry.hf_shape
+    ]
+
+
+def _drop_tied_head(tensors: dict[str, Tensor], errors: list[str]) -> None:
+    """Qwen3-0.6B's own file repeats the embedding as lm_head.weight: fine when equal, an error when not."""
+    head, embed = tensors.pop(HF_OUTER_NAMES["lm_head"], None), tensors.get(HF_OUTER_NAMES["embed"])
+    if head is None or embed is None:
+        return
+    same = (head.dtype, head.shape) == (embed.dtype, embed.shape) and all(
+        np.array_equal(a.view(np.uint8), b.view(np.uint8))
+        for (_, a), (_, b) in zip(head.blocks(), embed.blocks(), strict=True)
+    )
+    if not same:
+        errors.append("lm_head.weight differs from model.embed_tokens.weight, but tie_word_embeddings is true")
+
+
+def raise_collected(where: Path, errors: list[str], shown: int = 20) -> None:
+    """Raise one `ValueError` for `errors`, if there are any."""
+    if errors:
+        more = f"; and {len(errors) - shown} more" if len(errors) > shown else ""
+        raise ValueError(f"{where}: " + "; ".join(errors[:shown]) + more)
+
+
+def read_params(
+    directory: Path,
+    config: ModelConfig,
+    dtype: Any = None,
+    shardings: Any = None,
+    progress: Progress | None = None,
+) -> Params:
+    """The model of a Hugging Face directory as jax arrays, every tensor read straight to its place.
+
+    `dtype` None keeps the files' own. `shardings` is a tree like `param_shapes(config)`; None is the default device.
+    `progress` is called with a tensor's name after it was read (once a shard). Raises `ValueError` with everything
+    that is missing, unknown, duplicate, truncated or of another shape, before any weight is read.
+    """
+    table = key_table(config)
+    tensors, errors = find_tensors(directory)
+    if config.tie_word_embeddings:
+        _drop_tied_head(tensors, errors)
+    if not errors:
+        _check(tensors, table, errors)
+    kinds: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in table.values():
+        kinds.setdefault(entry.path, []).append(entry)
+    for path, entries in kinds.items():
+        found = {tensors[e.name].dtype.name for e in entries if e.name in tensors}
+        if dtype is None and len(found) > 1:
+            errors.append(f"the layers of {path[-1]} are stored as {' and '.join(sorted(found))}; choose one dtype")
+    raise_collected(directory, errors)
+
+    def leaf(path: tuple[str, ...], shape: tuple[int, ...], sharding: Any) -> jax.Array:
+        entries = kinds[path]
+        out_dtype = tensors[entries[0].name].dtype if dtype is None else np.dtype(dtype)
+
+        def read(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # None stands for shardings whose shards are no slices; ours are
+            ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+            out = np.empty([len(r) for r in ranges], out_dtype)
+            stacked = entries[0].layer is not None
+            for place, number in enumerate(ranges[0] if stacked else [0]):
+                entry = entries[number]
+                part = out[place] if stacked else out
+                _fill(part, tensors[entry.name], entry, ranges[1:] if stacked else ranges)
+                if progress is not None:
+                    progress(entry.name)
+            return out
+
+        return jax.make_array_from_callback(shape, sharding, read)
+
+    shapes = param_shapes(config)
+    if shardings is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: here, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, shape, sharding: leaf(tuple(k.key for k in path), shape, sharding),
+        shapes,
+        shardings,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def _fill(out: np.ndarray, tensor: Tensor, entry: Entry, ranges: list[range]) -> None:
+    """Fill `out`, the part `ranges` of our axes of `entry`, from the file."""
+    view = tensor._replace(shape=tuple(entry.shape[axis] for axis in entry.order))  # heads and head_dim apart
+    rows, *rest = (ranges[axis] for axis in entry.order)
+    target = out.transpose(entry.order)
+    for first, block in view.blocks(rows.start, rows.stop):
+        place = first - rows.start
+        target[place : place + len(block)] = block[(slice(None), *(slice(r.start, r.stop) for r in rest))]
+
+
+# --- writing safetensors
+def parse_size(text: str) -> int:
+    """Bytes in "5GB", "500MB", "60KB" (powers of ten, as in transformers' max_shard_size) or "GiB" and so on."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1, "": 1}
+    number = text.strip().rstrip("BGKMIbgkmi ")
+    unit = text.strip()[len(number) :].strip().upper()
+    if unit not in units or not number.replace(".", "", 1).isdigit() or float(number) <= 0:
+        raise ValueError(f"size {text!r} is not a number with a unit; write it like 5GB or 500MB")
+    return int(float(number) * units[unit])
+
+
+def write_safetensors(
+    path: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...], Callable[[], np.ndarray]]]
+) -> None:
+    """Write one safetensors file; each tensor is (dtype, shape, its maker), made when its turn comes."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers 4 refuses a file without it
+    offset = 0
+    for name, (dtype, shape, _) in tensors.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, _, make in tensors.values():
+            # A transposed view must become contiguous first: its bytes are in another order than its elements.
+            np.ascontiguousarray(make()).tofile(file)
+
+
+def write_params(
+    directory: Path,
+    params: Params,
+    config: ModelConfig,
+    max_shard_size: int = 5 * 10**9,
+    progress: Progress | None = None,
+) -> None:
+    """Write `params` into `directory` as Hugging Face's `model*.safetensors`, sharded at `max_shard_size` bytes."""
+
+    def leaf(entry: Entry) -> Any:
+        node = params
+        for key in entry.path:
+            node = node[key]
+        return node
+
+    def make(entry: Entry) -> np.ndarray:
+        array = leaf(entry)
+        array = np.asarray(array if entry.layer is None else array[entry.layer])
+        if progress is not None:
+            progress(entry.name)
+        return array.transpose(entry.order).reshape(entry.hf_shape)
+
+    shards: list[dict[str, Pending]] = [{}]
+    weight_map: dict[str, int] = {}
+    size = total = count = 0
+    for entry in key_table(config).values():
+        dtype = np.dtype(leaf(entry).dtype)
+        nbytes = math.prod(entry.shape) * dtype.itemsize
+        if shards[-1] and size + nbytes > max_shard_size:
+            shards.append({})
+            size = 0
+        shards[-1][entry.name] = Pending(dtype, entry.hf_shape, partial(make, entry))
+        weight_map[entry.name] = len(shards)
+        size += nbytes
+        total += nbytes
+        count += math.prod(entry.shape)
+    if len(shards) == 1:
+        write_safetensors(directory / "model.safetensors", shards[0])
+        return
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(directory / file, shard)
+    index = {
+        "metadata": {"total_parameters": count, "total_size": total},
+        "weight_map": {name: files[number - 1] for name, number in sorted(weight_map.items())},
+    }
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
