@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ def _context() -> ocp.Context:
 def _load_orbax(path: Path, config: ModelConfig, dtype: Any, shardings: Any) -> Params:
     """The tree at `path`, checked against `config` before it is read."""
     try:
-        stored = ocp.pytree_metadata(path).metadata
+        stored = ocp.metadata(str(path)).metadata
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint: {_root_cause(error)}") from None
     have = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(stored)}
@@ -163,7 +163,7 @@ def _load_orbax(path: Path, config: ModelConfig, dtype: Any, shardings: Any) -> 
     )
     try:
         with _context():
-            return ocp.load_pytree(path, target)
+            return ocp.load(str(path), target)
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint: {_root_cause(error)}") from None
 
@@ -177,7 +177,7 @@ def _root_cause(error: BaseException) -> str:
 
 # --- writing
 @contextmanager
-def staging(directory: Path) -> Iterator[Path]:
+def staging(directory: Path) -> Generator[Path]:
     """A temporary sibling of `directory` to write into; it takes its place when the block ends without an error.
 
     Where `directory` exists already, the new files replace those of the same name and the rest stays: config.json
@@ -232,4 +232,4 @@ def save_model(directory: Path, params: Params, config: ModelConfig, source: Pat
 
 def _save_orbax(path: Path, params: Params) -> None:
     with _context():
-        ocp.save_pytree(path.absolute(), params)
+        ocp.save(str(path.absolute()), params)

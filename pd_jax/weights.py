@@ -284,10 +284,16 @@ def parse_size(text: str) -> int:
     return int(float(number) * units[unit])
 
 
-def write_safetensors(
-    path: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...], Callable[[], np.ndarray]]]
-) -> None:
-    """Write one safetensors file; each tensor is (dtype, shape, its maker), made when its turn comes."""
+class Pending(NamedTuple):
+    """A tensor that is made when its turn to be written comes."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+
+def write_safetensors(path: Path, tensors: dict[str, Pending]) -> None:
+    """Write one safetensors file, holding one tensor at a time."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers 4 refuses a file without it
     offset = 0
