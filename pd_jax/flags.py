@@ -1,0 +1,100 @@
+"""The flags of the training scripts. Defaults of the reference experiment keep their names and values."""
+
+from dataclasses import dataclass
+
+from pd_jax.cli import flag
+
+MODEL, DATA, OPTIM, LORA, RUN = "model", "data", "optimisation", "LoRA", "running and saving"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """What pretraining and finetuning share."""
+
+    model_name: str = flag("Qwen/Qwen3-4B", "model directory, pd_jax checkpoint or hub id to start from", group=MODEL)
+    random_init: bool = flag(False, "start from random weights; config.json and tokenizer are enough", group=MODEL)
+    pair_indices: tuple[int, ...] | None = flag(
+        None,
+        "1-based RoPE pairs; the 1st, 3rd, ... turn with the branch; 8 16 24 if none is stored",
+        group=MODEL,
+    )
+    sibling_bias: bool = flag(False, "add a learned bias per layer and head towards sibling branches", group=MODEL)
+    visibility: str = flag(
+        "columns", "which siblings a branch sees", group=MODEL, choices=("columns", "isolated", "prompts")
+    )
+    align: str = flag("left", "how prompts share columns", group=MODEL, choices=("left", "right", "ragged"))
+    dtype: str = flag(
+        "auto",
+        "compute dtype; auto is float32 on CPU and bfloat16 elsewhere; trained weights stay float32",
+        group=MODEL,
+        choices=("auto", "float32", "bfloat16"),
+    )
+    attention: str = flag("auto", "attention backend", group=MODEL)
+    local_files_only: bool = flag(False, "never ask the hub", group=MODEL)
+
+    batch_size: int = flag(1, "rows of a micro-batch, over all devices", group=OPTIM, minimum=1)
+    gradient_accumulation_steps: int = flag(1, "micro-batches an optimiser step", group=OPTIM, minimum=1)
+    learning_rate: float = flag(4e-4, "peak learning rate of AdamW", group=OPTIM, minimum=0)
+    warmup_ratio: float = flag(0.03, "share of the steps for linear warm-up before the cosine", group=OPTIM, minimum=0)
+    weight_decay: float = flag(0.01, "decoupled weight decay; norms and biases have none", group=OPTIM, minimum=0)
+    max_grad_norm: float = flag(1.0, "global gradient norm is clipped to this", group=OPTIM, minimum=0)
+    remat: str = flag(
+        "none",
+        "what the backward pass recomputes: nothing, all but matrix products, or every layer",
+        group=OPTIM,
+        choices=("none", "dots", "full"),
+    )
+
+    use_lora: bool = flag(False, "train low-rank adapters only", group=LORA)
+    adapter: str | None = flag(None, "directory of adapters to continue from", group=LORA)
+    lora_r: int = flag(16, "rank", group=LORA, minimum=1)
+    lora_alpha: float = flag(32.0, "the adapters are scaled by alpha / rank", group=LORA)
+    lora_dropout: float = flag(0.05, "dropout on the adapters' input", group=LORA, minimum=0)
+    lora_target_modules: tuple[str, ...] = flag(PROJECTIONS, "projections that get adapters", group=LORA)
+
+    mesh: tuple[int, ...] = flag((1, -1, 1), "devices along data, fsdp and tensor; -1 takes the rest", group=RUN)
+    seed: int = flag(0, "of initialisation, shuffling and dropout", group=RUN, minimum=0)
+    logging_steps: int = flag(10, "optimiser steps between log lines", group=RUN, minimum=1)
+    save_steps: int = flag(500, "optimiser steps between checkpoints", group=RUN, minimum=1)
+    eval_steps: int = flag(500, "optimiser steps between validation losses", group=RUN, minimum=1)
+
+
+@dataclass(frozen=True)
+class PretrainFlags(TrainFlags):
+    """scripts/pretrain.py"""
+
+    output_dir: str = flag("./pretrained-columnar", "where the model and the run's state go", group=RUN)
+    dataset_name: str = flag(
+        "HuggingFaceFW/fineweb-edu", "hub id, directory or file (.jsonl, .jsonl.gz, .json, .parquet)", group=DATA
+    )
+    dataset_config: str = flag("sample-10BT", "subset of a hub data set", group=DATA)
+    dataset_split: str = flag("train", "split of a hub data set", group=DATA)
+    streaming: bool = flag(False, "read the data set as it comes instead of downloading it first", group=DATA)
+    max_samples: int | None = flag(None, "use at most this many documents", group=DATA, minimum=1)
+    eval_dataset_name: str | None = flag(None, "documents for the validation loss", group=DATA)
+    branch_count: int = flag(16, "branches a row", group=DATA, minimum=1)
+    seq_length: int = flag(256, "tokens a branch", group=DATA, minimum=2)
+    max_steps: int = flag(20480, "optimiser steps", group=OPTIM, minimum=1)
+
+
+@dataclass(frozen=True)
+class FinetuneFlags(TrainFlags):
+    """scripts/finetune.py"""
+
+    model_name: str = flag(
+        "./pretrained-columnar", "model directory, pd_jax checkpoint or hub id to start from", group=MODEL
+    )
+    output_dir: str = flag("./parallel-decoder-squad", "where the model and the run's state go", group=RUN)
+    dataset_name: str = flag("rajpurkar/squad", "hub id or file in SQuAD's format", group=DATA)
+    dataset_split: str = flag("train", "split of a hub data set", group=DATA)
+    eval_dataset_name: str | None = flag(
+        None, "data for the validation loss; for a hub data set its validation split is used", group=DATA
+    )
+    max_train_samples: int | None = flag(None, "use at most this many contexts", group=DATA, minimum=1)
+    max_eval_samples: int | None = flag(None, "contexts for the validation loss", group=DATA, minimum=1)
+    max_branches: int = flag(3, "at most this many questions a context, beside the background", group=DATA, minimum=1)
+    min_questions: int = flag(2, "contexts with fewer questions are left out", group=DATA, minimum=1)
+    max_length: int = flag(1024, "tokens a row; several contexts share one", group=DATA, minimum=1)
+    epochs: int = flag(1, "times over the data", group=OPTIM, minimum=1)
+    max_steps: int | None = flag(None, "stop after this many optimiser steps", group=OPTIM, minimum=1)

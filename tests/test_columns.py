@@ -1,0 +1,147 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from test_layout import WORKED, aligns, samples
+
+from pd_jax.columns import VISIBILITIES, Coordinates, column_mask, rope_tables, rotate, sibling_mask
+from pd_jax.config import ModelConfig
+from pd_jax.layout import Branch, TokenSample, build_layout
+
+CONFIG = ModelConfig(100, 32, 64, 2, 4, 2, 16, rope_theta=1e4, pair_indices=(2, 4, 6))
+
+# Rows and columns: B0 B1, Q1[0] Q2[0], Q1[1], A1[0] A2[0], A1[1], PAD
+SMALL = TokenSample([1, 2], [Branch([11, 12], [41, 42]), Branch([21], [51])])
+LITERAL = {
+    "columns": """
+        1 0 0 0 0 0 0 0 0
+        1 1 0 0 0 0 0 0 0
+        1 1 1 0 0 0 0 0 0
+        1 1 0 1 0 0 0 0 0
+        1 1 1 1 1 0 0 0 0
+        1 1 1 1 1 1 0 0 0
+        1 1 1 1 1 0 1 0 0
+        1 1 1 1 1 1 1 1 0
+        0 0 0 0 0 0 0 0 1""",
+    "isolated": """
+        1 0 0 0 0 0 0 0 0
+        1 1 0 0 0 0 0 0 0
+        1 1 1 0 0 0 0 0 0
+        1 1 0 1 0 0 0 0 0
+        1 1 1 0 1 0 0 0 0
+        1 1 1 0 1 1 0 0 0
+        1 1 0 1 0 0 1 0 0
+        1 1 1 0 1 1 0 1 0
+        0 0 0 0 0 0 0 0 1""",
+    "prompts": """
+        1 0 0 0 0 0 0 0 0
+        1 1 0 0 0 0 0 0 0
+        1 1 1 0 0 0 0 0 0
+        1 1 0 1 0 0 0 0 0
+        1 1 1 1 1 0 0 0 0
+        1 1 1 1 1 1 0 0 0
+        1 1 1 1 1 0 1 0 0
+        1 1 1 1 1 1 0 1 0
+        0 0 0 0 0 0 0 0 1""",
+}
+
+
+def mask_of(rows, visibility="columns", **options):
+    coordinates = Coordinates.of(build_layout(rows, **options))
+    return np.asarray(column_mask(coordinates, coordinates, visibility))
+
+
+@pytest.mark.parametrize("visibility", VISIBILITIES)
+def test_literal_masks(visibility):
+    literal = np.array([line.split() for line in LITERAL[visibility].strip().splitlines()], int)
+    np.testing.assert_array_equal(mask_of([[SMALL]], visibility, length=9)[0], literal)
+
+
+def test_worked_example_is_columns_and_self():
+    """17 tokens: everything in earlier columns and nothing else but itself."""
+    column = np.array([*range(8), 8, 8, 8, 9, 9, 9, 10, 10, 11])
+    np.testing.assert_array_equal(mask_of([[WORKED]])[0], (column[None] < column[:, None]) | np.eye(17, dtype=bool))
+
+
+@given(samples, samples, aligns)
+@settings(max_examples=15, deadline=None)
+def test_any_mask_is_what_the_definition_says(first, second, align):
+    """Token by token, in Python, for two samples packed into one padded row."""
+    layout = build_layout([[first, second]], length=112, align=align)
+    for visibility in VISIBILITIES:
+        mask = mask_of([[first, second]], visibility, length=112, align=align)[0]
+        size = len(first) + len(second) + 2  # the rest is PAD like these two
+        for i, j in np.ndindex(size, size):
+            at = {name: (layout[name][0, i], layout[name][0, j]) for name in ("segment", "branch", "column", "valid")}
+            own = at["branch"][1] in (0, at["branch"][0])
+            visible = visibility == "columns" or own or (visibility == "prompts" and layout.prompt[0, j])
+            seen = at["segment"][0] == at["segment"][1] and at["column"][1] < at["column"][0] and visible
+            assert mask[i, j] == (i == j or bool(seen and all(at["valid"])))
+
+
+def test_a_query_among_cached_keys_finds_itself():
+    """Decoding asks for one column of queries against all keys: the same rows of the same mask."""
+    coordinates = Coordinates.of(build_layout([[SMALL]], length=9))
+    own = jnp.array([5, 6])
+    query = jax.tree.map(lambda x: x[:, own], coordinates)
+    for visibility in VISIBILITIES:
+        whole = column_mask(coordinates, coordinates, visibility)
+        np.testing.assert_array_equal(column_mask(query, coordinates, visibility, own[None]), whole[:, own])
+
+
+def test_sibling_mask():
+    coordinates = Coordinates.of(build_layout([[SMALL]]))
+    branch = np.array([0, 0, 1, 2, 1, 1, 2, 1])
+    siblings = (branch[None] != branch[:, None]) & (branch[None] != 0)
+    np.testing.assert_array_equal(sibling_mask(coordinates, coordinates)[0], siblings)
+
+
+def test_unknown_visibility():
+    with pytest.raises(ValueError, match="visibility 'all' is not one of columns, isolated, prompts"):
+        mask_of([[SMALL]], "all")
+
+
+# ---------------------------------------------------------------- RoPE
+
+
+def turned(config, vector, branch, column):
+    """The reference: every pair turned by its own 2x2 matrix, in float64."""
+    half = config.head_dim // 2
+    out = np.array(vector, np.float64)
+    for p in range(half):
+        frequency = config.rope_theta ** (-2 * p / config.head_dim)
+        listed = config.pair_indices.index(p + 1) if p + 1 in config.pair_indices else None
+        with_branch = listed is not None and listed % 2 == 0
+        angle = frequency * (config.branch_stride * branch if with_branch else column)
+        a, b = vector[p], vector[p + half]
+        out[p], out[p + half] = a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+@pytest.mark.parametrize("pairs", [(), (1,), (2, 4, 6), (6, 4, 2), (8, 3)])
+@pytest.mark.parametrize("stride", [1.0, 2.5])
+def test_rope_against_float64(pairs, stride):
+    config = dataclasses.replace(CONFIG, pair_indices=pairs, branch_stride=stride)
+    vector = np.random.default_rng(0).normal(size=config.head_dim)
+    for branch, column in ((0, 0), (0, 7), (3, 0), (5, 31)):
+        cos, sin = rope_tables(config, jnp.array([branch]), jnp.array([column]))
+        ours = rotate(jnp.asarray(vector, jnp.float32)[None, None], cos, sin)[0, 0]
+        np.testing.assert_allclose(ours, turned(config, vector, branch, column), atol=2e-6)
+
+
+def test_listed_order_decides_which_pairs_turn_with_the_branch():
+    cos = {p: rope_tables(dataclasses.replace(CONFIG, pair_indices=p), jnp.array([3]), jnp.array([0]))[0] for p in
+           ((2, 4, 6), (4, 2, 6))}  # fmt: skip
+    np.testing.assert_array_equal(np.flatnonzero(cos[2, 4, 6][0] != 1) + 1, [2, 6])
+    np.testing.assert_array_equal(np.flatnonzero(cos[4, 2, 6][0] != 1) + 1, [4, 6])
+
+
+@pytest.mark.parametrize(("pairs", "message"), [((0,), r"\[0\] outside 1..8"), ((2, 9), r"\[9\] outside 1..8"),
+                                                ((3, 3), "names a pair twice")])  # fmt: skip
+def test_pairs_that_cannot_be(pairs, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, pair_indices=pairs)
