@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from pd_jax.config import ModelConfig, read_config_json
+from pd_jax.config import SECTION, ModelConfig, read_config_json
 from pd_jax.model import SIBLING_BIAS_START, Params, param_shapes
 from pd_jax.weights import Progress, raise_collected, read_params
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every file it opens
 
 PARAMS = "params"  # the orbax checkpoint inside a model directory
+ADAPTER_CONFIG = "adapter_config.json"  # what makes a directory a LoRA adapter
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -61,12 +62,31 @@ def find_model(path_or_hub_id: str, local_files_only: bool = False) -> Path:
         ) from None
 
 
-def load_config(directory: Path, pair_indices: Sequence[int] | None = None) -> ModelConfig:
-    """The model's configuration; `pair_indices` must agree with what is stored. Raises `ValueError`."""
+def load_config(directory: Path, pair_indices: Sequence[int] | None = None, adapter: Path | None = None) -> ModelConfig:
+    """The model's configuration; `pair_indices` must agree with what is stored. Raises `ValueError`.
+
+    A plain Qwen3 has no column settings of its own: as the base of a LoRA `adapter` it takes those it was trained with.
+    """
     try:
-        return ModelConfig.from_hf(read_config_json(directory), pair_indices)
+        hf = read_config_json(directory)
+        if adapter is not None and SECTION not in hf:
+            settings = read_adapter_config(adapter).get(SECTION)
+            if settings is not None:
+                hf[SECTION] = {key: value for key, value in settings.items() if key != "rope_theta"}
+        return ModelConfig.from_hf(hf, pair_indices)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """A LoRA directory's adapter_config.json. Raises `ValueError` when it is absent or not JSON."""
+    path = directory / ADAPTER_CONFIG
+    if not path.is_file():
+        raise ValueError(f"{directory} has no {ADAPTER_CONFIG}; pass the directory of a LoRA adapter")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -177,10 +197,10 @@ def _root_cause(error: BaseException) -> str:
 
 # --- writing
 @contextmanager
-def staging(directory: Path) -> Generator[Path]:
+def staging(directory: Path, last: str = "config.json") -> Generator[Path]:
     """A temporary sibling of `directory` to write into; it takes its place when the block ends without an error.
 
-    Where `directory` exists already, the new files replace those of the same name and the rest stays: config.json
+    Where `directory` exists already, the new files replace those of the same name and the rest stays: the file `last`
     goes away first and comes last, so that what an interruption leaves behind never looks complete.
     """
     stage = directory.parent / f".{directory.name}.partial"
@@ -191,8 +211,8 @@ def staging(directory: Path) -> Generator[Path]:
         if not directory.exists():
             stage.rename(directory)
             return
-        names = sorted((path.name for path in stage.iterdir()), key="config.json".__eq__)
-        (directory / "config.json").unlink(missing_ok=True)
+        names = sorted((path.name for path in stage.iterdir()), key=last.__eq__)
+        (directory / last).unlink(missing_ok=True)
         for name in names:
             if (directory / name).is_dir():
                 shutil.rmtree(directory / name)

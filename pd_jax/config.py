@@ -151,6 +151,37 @@ class ModelConfig:
         }
 
 
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which projections get a low-rank adapter, and how it is scaled; the names are PEFT's."""
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] = LORA_TARGETS
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora r is {self.r}; it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora dropout is {self.dropout}; it must be in [0, 1)")
+        unknown = [name for name in self.target_modules if name not in LORA_TARGETS]
+        if unknown or not self.target_modules:
+            raise ValueError(
+                f"lora target modules {list(self.target_modules)}: {unknown or 'none'} not among "
+                f"{', '.join(LORA_TARGETS)}; choose from those"
+            )
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (https://arxiv.org/abs/2312.03732)."""
+        return self.alpha / (self.r**0.5 if self.rslora else self.r)
+
+
 def _read_rope(hf: Mapping[str, Any], errors: list[str]) -> tuple[float, Yarn | None]:
     """theta and YaRN from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})

@@ -6,8 +6,9 @@ them once (`pd_jax.decode`). The nnx module holds the arrays; what is computed i
 """
 
 import zlib
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,14 @@ from jax import Array
 
 from pd_jax.attention import Attention, make_attention
 from pd_jax.columns import Coordinates, Visibility, rope_tables, rotate
-from pd_jax.config import ModelConfig
+from pd_jax.config import LoraConfig, ModelConfig
 
 Params = dict[str, Any]  # {"embed": [V, D], "norm": [D], "lm_head": [V, D] if untied, "layers": {name: [L, ...]}}
 PROJECTIONS = {"q": "dnh", "k": "dnh", "v": "dnh", "o": "nhd", "gate": "df", "up": "df", "down": "fd"}
+
+
+Remat = Literal["none", "dots", "full"]
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -83,23 +88,58 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return weight.astype(x.dtype) * normed.astype(x.dtype)
 
 
-def project(x: Array, layer: Params, name: str) -> Array:
-    """x @ kernel, for the projection `name` of one layer."""
+def contraction(name: str) -> tuple[str, str]:
+    """The letters of the projection `name` that are summed over, and those that come out."""
     layout = PROJECTIONS[name]
-    contracted, kept = (layout[:1], layout[1:]) if name != "o" else (layout[:2], layout[2:])
-    return jnp.einsum(f"...{contracted},{layout}->...{kept}", x, layer[name].astype(x.dtype))
+    return (layout[:2], layout[2:]) if name == "o" else (layout[:1], layout[1:])
 
 
-def block(config: ModelConfig, layer: Params, x: Array, rope: tuple[Array, Array], attend: Attention) -> Array:
-    """One decoder layer: x [B, T, D] -> [B, T, D]. `attend` is self-attention, or attention over a cache."""
+def project(
+    x: Array,
+    layer: Params,
+    name: str,
+    adapter: Params | None = None,
+    lora: LoraConfig | None = None,
+    dropout_key: Array | None = None,
+) -> Array:
+    """x @ kernel, for the projection `name` of one layer, plus scale * dropout(x) @ a @ b where `adapter` has one."""
+    summed, kept = contraction(name)
+    y = jnp.einsum(f"...{summed},{PROJECTIONS[name]}->...{kept}", x, layer[name].astype(x.dtype))
+    if adapter is None or lora is None or name not in adapter:
+        return y
+    a, b = (adapter[name][part].astype(x.dtype) for part in ("a", "b"))
+    if dropout_key is not None and lora.dropout:
+        keep = jax.random.bernoulli(
+            jax.random.fold_in(dropout_key, zlib.crc32(name.encode())), 1 - lora.dropout, x.shape
+        )
+        x = jnp.where(keep, x / (1 - lora.dropout), 0).astype(x.dtype)
+    low = jnp.einsum(f"...{summed},{summed}r->...r", x, a)
+    return y + lora.scale * jnp.einsum(f"...r,r{kept}->...{kept}", low, b)
+
+
+def block(
+    config: ModelConfig,
+    layer: Params,
+    x: Array,
+    rope: tuple[Array, Array],
+    attend: Attention,
+    adapter: Params | None = None,
+    lora: LoraConfig | None = None,
+    dropout_key: Array | None = None,
+) -> Array:
+    """One decoder layer: x [B, T, D] -> [B, T, D]. `attend` is self-attention, or attention over a cache.
+
+    `adapter` holds one layer's LoRA, `{"q": {"a": [D, R], "b": [R, N, H]}, ...}`, scaled as `lora` says.
+    """
     norm = partial(rms_norm, eps=config.rms_norm_eps)
+    linear = partial(project, layer=layer, adapter=adapter, lora=lora, dropout_key=dropout_key)
     h = norm(x, layer["attn_norm"])
-    q = rotate(norm(project(h, layer, "q"), layer["q_norm"]), *rope)  # [B, T, N, H]
-    k = rotate(norm(project(h, layer, "k"), layer["k_norm"]), *rope)  # [B, T, K, H]
-    v = project(h, layer, "v")
-    x = x + project(attend(q, k, v, layer.get("sibling_bias")), layer, "o")
+    q = rotate(norm(linear(h, name="q"), layer["q_norm"]), *rope)  # [B, T, N, H]
+    k = rotate(norm(linear(h, name="k"), layer["k_norm"]), *rope)  # [B, T, K, H]
+    v = linear(h, name="v")
+    x = x + linear(attend(q, k, v, layer.get("sibling_bias")), name="o")
     h = norm(x, layer["mlp_norm"])
-    return x + project(jax.nn.silu(project(h, layer, "gate")) * project(h, layer, "up"), layer, "down")
+    return x + linear(jax.nn.silu(linear(h, name="gate")) * linear(h, name="up"), name="down")
 
 
 def head(params: Params) -> Array:
@@ -114,17 +154,32 @@ def forward(
     coordinates: Coordinates,
     visibility: Visibility = "columns",
     dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: Remat = "none",
+    constrain: Callable[[Array], Array] = lambda x: x,
+    adapters: Params | None = None,
+    lora: LoraConfig | None = None,
+    dropout_key: Array | None = None,
 ) -> Array:
-    """Hidden states [B, T, D] in `dtype`, after the last norm, of laid-out rows `tokens` [B, T]."""
+    """Hidden states [B, T, D] in `dtype`, after the last norm, of laid-out rows `tokens` [B, T].
+
+    `remat` says what the backward pass recomputes; `constrain` pins the hidden states [B, T, D] to a mesh.
+    `adapters` is a LoRA tree beside `params` (`pd_jax.lora`), `lora` its settings; without `dropout_key` there is no
+    dropout.
+    """
     rope = rope_tables(config, coordinates.branch, coordinates.column)
     attend = make_attention(coordinates, visibility)
 
-    def body(x: Array, layer: Params) -> tuple[Array, None]:
-        return block(config, layer, x, rope, attend), None
+    dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_hidden_layers)
 
-    x = params["embed"][tokens].astype(dtype)
-    x, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, x, params["layers"])
+    def body(x: Array, xs: tuple[Params, Params | None, Array | None]) -> tuple[Array, None]:
+        layer, adapter, key = xs
+        return constrain(block(config, layer, x, rope, attend, adapter, lora, key)), None
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)  # scan keeps them apart already
+    x = constrain(params["embed"][tokens].astype(dtype))
+    xs = (params["layers"], adapters, dropout_keys)
+    x, _ = jax.lax.scan(body, x, xs)
     return rms_norm(x, params["norm"], config.rms_norm_eps)
 
 
