@@ -1,0 +1,353 @@
+"""ParallelDecoder: samples become rows, rows are decoded column by column (`pd_jax.loop`), ids become text."""
+
+import math
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from pd_jax.checkpoint import find_model, load_config, load_eos_ids, load_params, load_tokenizer
+from pd_jax.columns import Coordinates, Visibility, check_visibility
+from pd_jax.config import ModelConfig
+from pd_jax.layout import ALIGNMENTS, Align, Branch, Layout, Sample, TokenSample, answer_columns, bucket, build_layout
+from pd_jax.loop import BLOCK, Program, Prompt, cache_bytes, decode_block, enlarge, prefill, row_logits, unstack
+from pd_jax.lora import load_adapter, merge_kernel
+from pd_jax.model import Params
+from pd_jax.sampling import Method, SamplingParams
+
+__all__ = ["BranchResult", "Event", "ParallelDecoder", "Result", "SamplingParams"]
+
+FinishReason = Literal["eos", "length", "stop"]
+DTYPES = ("float32", "bfloat16")
+SMALLEST_ROW = 32  # tokens; the smallest bucket of a prefill
+
+
+@dataclass(frozen=True)
+class BranchResult:
+    """A branch's answer. `token_ids` are without the end-of-sequence token; `text` is cut before a stop string."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Result:
+    """A sample's answers, what they took and what was prefilled for them.
+
+    columns: until the last branch has ended, its end-of-sequence token included. The prefill gives the first one and
+    every forward after it one more, so this is the number of forwards too. prefill_tokens: without padding.
+    """
+
+    branches: tuple[BranchResult, ...]
+    columns: int
+    prefill_tokens: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """One column as it arrives. All are per branch; joined over the events, `texts` are the texts of the answers.
+
+    column: counted from the first answer column. tokens: None where the branch has ended (or, with align "ragged", not
+    begun). texts: what can be shown now; half a character, or what may become a stop string, comes later.
+    """
+
+    column: int
+    tokens: tuple[int | None, ...]
+    texts: tuple[str, ...]
+    finish_reasons: tuple[FinishReason | None, ...]
+
+
+class _Transcript:
+    """What one branch has said so far. `push` takes its tokens, `news` tells what can be shown since the last time."""
+
+    def __init__(self, decode: Callable[[list[int]], str], eos: Sequence[int], limit: int, stop: Sequence[str]) -> None:
+        self._decode, self._eos, self._stop, self.limit = decode, eos, stop, limit
+        self._shown = 0  # characters
+        self.ids: list[int] = []
+        self.columns = 0
+        self.finish_reason: FinishReason | None = None
+
+    def push(self, token: int, column: int) -> None:
+        self.columns = column + 1
+        if token in self._eos:
+            self.finish_reason = "eos"
+            return
+        self.ids.append(token)
+        if self._stop and any(s in self._decode(self.ids) for s in self._stop):
+            self.finish_reason = "stop"
+        elif len(self.ids) == self.limit:
+            self.finish_reason = "length"
+
+    def text(self) -> str:
+        whole = self._decode(self.ids)
+        return whole[: min((whole.index(s) for s in self._stop if s in whole), default=len(whole))]
+
+    def news(self) -> str:
+        text = self.text()
+        if self.finish_reason is None:
+            # U+FFFD at the end is a character whose bytes have not all come; a stop string may have begun.
+            text = text.rstrip("\ufffd")
+            begun = [n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])]
+            text = text[: len(text) - max(begun, default=0)]
+        new = text[self._shown :]
+        self._shown += len(new)
+        return new
+
+    def result(self) -> BranchResult:
+        assert self.finish_reason is not None
+        return BranchResult(self.text(), tuple(self.ids), self.finish_reason)
+
+
+def _check_settings(dtype: str, visibility: str, align: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    check_visibility(visibility)
+    if align not in ALIGNMENTS:
+        raise ValueError(f"align {align!r} is not one of {', '.join(ALIGNMENTS)}")
+
+
+def _sampling(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+    if params is not None and options:
+        raise ValueError(f"params and {', '.join(options)} were both given; put everything into params")
+    return SamplingParams(**options) if params is None else params
+
+
+def _limits(samples: Sequence[TokenSample], asked: int | Sequence[Sequence[int]]) -> list[list[int]]:
+    """max_new_tokens of every branch."""
+    counts = [len(sample.branches) for sample in samples]
+    limits = [[asked] * n for n in counts] if isinstance(asked, int) else [list(row) for row in asked]
+    if [len(row) for row in limits] != counts:
+        raise ValueError(
+            f"max_new_tokens is for {[len(row) for row in limits]} branches, the samples have {counts}; "
+            "pass one number, or one per branch of every sample"
+        )
+    least = min(limit for row in limits for limit in row)
+    if least < 1:
+        raise ValueError(f"max_new_tokens is {least}; it must be 1 or more")
+    return limits
+
+
+def _prompt(
+    samples: Sequence[TokenSample], limits: Sequence[Sequence[int]], align: Align, visibility: Visibility
+) -> Prompt:
+    """Rows, rounded up to buckets in every axis: rows without tokens and branches without tokens are never seen."""
+    # Where a prompt reaches into columns in which a sibling answers already, and sees it, it cannot be prefilled there.
+    cut = align == "ragged" and visibility == "columns"
+    s, n = bucket(len(samples)), bucket(max(len(sample.branches) for sample in samples))
+    rows: list[list[TokenSample]] = [[] for _ in range(s)]
+    given: dict[tuple[int, int], Sequence[int]] = {}
+    stream = np.zeros((s, n, 4), np.uint32)
+    asked: Counter[tuple[int, ...]] = Counter()
+    for r, sample in enumerate(samples):
+        shortest = min(len(branch.prompt) for branch in sample.branches) if cut else None
+        rows[r] = [TokenSample(sample.background, [Branch(branch.prompt[:shortest]) for branch in sample.branches])]
+        if cut:
+            given |= {(r, b): branch.prompt[shortest:] for b, branch in enumerate(sample.branches)}
+        background, *prompts = texts = tuple(map(_crc, (sample.background, *(b.prompt for b in sample.branches))))
+        stream[r, : len(prompts)] = [(background, prompt, b, asked[texts]) for b, prompt in enumerate(prompts)]
+        asked[texts] += 1  # the same sample twice in a call has two streams
+    layout = build_layout(rows, bucket(max(len(row[0]) for row in rows if row), SMALLEST_ROW), align)
+    last, first, wait, limit = (np.zeros((s, n), np.int32) for _ in range(4))
+    for r, row in enumerate(rows[: len(samples)]):
+        place = np.flatnonzero(layout.branch[r])
+        np.maximum.at(last[r], layout.branch[r, place] - 1, place)
+        first[r, : len(limits[r])] = answer_columns(row[0], align)
+        limit[r, : len(limits[r])] = limits[r]
+    longest = max(map(len, given.values()), default=0)
+    tokens = np.zeros((s, n, bucket(longest, SMALLEST_ROW) if longest else 0), np.int32)
+    for place, ids in given.items():
+        tokens[place][: len(ids)] = ids
+        wait[place] = len(ids)
+    return Prompt(layout.tokens, Coordinates.of(layout), last, first, tokens, wait, limit + wait, stream)
+
+
+def _crc(ids: Sequence[int]) -> int:
+    return zlib.crc32(np.asarray(ids, np.int32).tobytes())
+
+
+class ParallelDecoder:
+    """Answers many prompts over one background at once, one column of tokens a step.
+
+    `params` as in `pd_jax.model`, of `config` (or as `unstack` has left them); `eos_ids` end a branch. dtype: of
+    weights, activations and cache, "float32" or "bfloat16". visibility and align as in `pd_jax.columns` and
+    `pd_jax.layout`; they should be those of the training. Raises `ValueError` for one that is not known.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        tokenizer: Any,
+        eos_ids: Sequence[int],
+        *,
+        dtype: str = "float32",
+        visibility: Visibility = "columns",
+        align: Align = "left",
+    ) -> None:
+        _check_settings(dtype, visibility, align)
+        self.config, self.tokenizer, self.eos_ids = config, tokenizer, tuple(eos_ids)
+        self.dtype, self.visibility, self.align = dtype, visibility, align
+        done = isinstance(params["layers"], list)
+        self._weights = params if done else unstack({**params, "layers": dict(params["layers"])}, dtype)
+        # A model has more rows than its tokenizer has tokens; the rows beyond were never trained.
+        known = set(tokenizer.get_vocab().values())
+        self._allowed = jnp.array([i in known for i in range(config.vocab_size)])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        adapter: str | Path | None = None,
+        dtype: str = "float32",
+        visibility: Visibility = "columns",
+        align: Align = "left",
+        pair_indices: Sequence[int] | None = None,
+        local_files_only: bool = False,
+    ) -> "ParallelDecoder":
+        """From a Hugging Face directory, a hub id or a pd_jax checkpoint; `adapter` is a directory merged into it.
+
+        pair_indices: for weights that do not say with which RoPE pairs they were trained. Raises `ValueError` when
+        something is missing or contradicts what is stored.
+        """
+        _check_settings(dtype, visibility, align)
+        directory = find_model(str(path_or_hub_id), local_files_only)
+        extra = None if adapter is None else find_model(str(adapter), local_files_only)
+        config = load_config(directory, pair_indices, extra)
+        tokenizer = load_tokenizer(directory)
+        eos_ids = load_eos_ids(directory, tokenizer)
+        params = load_params(directory, config, jnp.dtype(dtype))
+        if extra is not None:
+            adapters, lora = load_adapter(extra, config)
+            for name, part in adapters.items():
+                params["layers"][name] = merge_kernel(params["layers"][name], part, name, lora)
+        return cls(config, unstack(params, dtype), tokenizer, eos_ids, dtype=dtype, visibility=visibility, align=align)
+
+    def generate(
+        self, samples: Sequence[Sample | TokenSample], *, params: SamplingParams | None = None, **options: Any
+    ) -> list[Result]:
+        """Answer all branches of all samples in one batch; `options` are the fields of `SamplingParams`.
+
+        Raises `ValueError` for no samples, a prompt without tokens, a value out of range, a context longer than
+        max_position_embeddings, and a cache that does not fit in the device's memory; all before anything compiles.
+        """
+        asked = self._tokenise(samples)
+        transcripts = list(self._run(asked, _sampling(params, options), BLOCK))[-1]
+        return [
+            Result(tuple(t.result() for t in branches), max(t.columns for t in branches), len(sample))
+            for sample, branches in zip(asked, transcripts, strict=True)
+        ]
+
+    def stream(
+        self, sample: Sample | TokenSample, *, params: SamplingParams | None = None, **options: Any
+    ) -> Iterator[Event]:
+        """Answer one sample, column by column, with the arguments, the steps and the answers of `generate`."""
+        said = [0] * len(sample.branches)
+        for column, (branches,) in enumerate(self._run(self._tokenise([sample]), _sampling(params, options), 1)):
+            tokens = tuple(t.ids[-1] if len(t.ids) > n else None for t, n in zip(branches, said, strict=True))
+            said = [len(t.ids) for t in branches]
+            yield Event(column, tokens, tuple(t.news() for t in branches), tuple(t.finish_reason for t in branches))
+
+    def layout(self, samples: Sequence[Sample | TokenSample]) -> Layout:
+        """The prompts (and the answers of a `TokenSample`) as rows, one sample a row."""
+        return build_layout([[sample] for sample in self._tokenise(samples)], align=self.align)
+
+    def logits(self, layout: Layout | Mapping[str, Any]) -> np.ndarray:
+        """float32 [S, T, V] of one forward over `layout`, or over a mapping that has its arrays [S, T].
+
+        Needed are tokens, branch, column, segment and valid; prompt only when the visibility is "prompts".
+        """
+        arrays = {name: np.asarray(layout[name]) for name in ("tokens", "branch", "column", "segment", "valid")}
+        if "prompt" in layout.keys():  # noqa: SIM118, a Layout is no mapping
+            arrays["prompt"] = np.asarray(layout["prompt"])
+        elif self.visibility == "prompts":
+            raise ValueError("the layout has no array 'prompt', which visibility 'prompts' needs")
+        else:
+            arrays["prompt"] = np.zeros(arrays["tokens"].shape, bool)
+        size = arrays["tokens"].shape[1]
+        width = ((0, 0), (0, bucket(size, SMALLEST_ROW) - size))
+        arrays = {name: np.pad(array, width) for name, array in arrays.items()}
+        program = Program(self.config, self.visibility, Method())
+        out = row_logits(self._weights, arrays["tokens"], Coordinates.of(arrays), program=program)
+        return np.asarray(out)[:, :size]
+
+    def _tokenise(self, samples: Sequence[Sample | TokenSample]) -> list[TokenSample]:
+        def ids(text: str) -> tuple[int, ...]:
+            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
+
+        if isinstance(samples, Sample | TokenSample):
+            raise ValueError("samples is one sample; pass a list of samples")
+        if not samples:
+            raise ValueError("samples is empty; pass at least one Sample")
+        out = []
+        for i, sample in enumerate(samples):
+            if isinstance(sample, Sample):
+                sample = TokenSample(ids(sample.background), [Branch(ids(text)) for text in sample.branches])
+            empty = [b for b, branch in enumerate(sample.branches) if not len(branch.prompt)]
+            if empty or not sample.branches:
+                raise ValueError(f"sample {i}: " + (f"prompts {empty} have no tokens" if empty else "no branches"))
+            out.append(sample)
+        return out
+
+    def _check(self, samples: Sequence[TokenSample], prompt: Prompt) -> None:
+        """Refuse what cannot be decoded, before anything compiles."""
+        if any(len(branch.answer) for sample in samples for branch in sample.branches):
+            raise ValueError("a branch has an answer already; decoding starts behind the prompts: leave answers out")
+        longest, most = int((prompt.first + prompt.limit).max()), self.config.max_position_embeddings
+        if longest > most:
+            raise ValueError(
+                f"background, prompts and max_new_tokens take {longest} columns, the model has "
+                f"max_position_embeddings {most}; shorten the background or lower max_new_tokens"
+            )
+        (s, t), n = prompt.tokens.shape, prompt.last.shape[1]
+        needed = cache_bytes(self.config, s, t, n, bucket(int(prompt.limit.max()), BLOCK), self.dtype)
+        memory = next(iter(self._weights["embed"].devices())).memory_stats() or {}  # None on a CPU
+        free = memory.get("bytes_limit", math.inf) - memory.get("bytes_in_use", 0)
+        if needed > free:
+            raise ValueError(
+                f"the cache takes {needed / 2**30:.1f} GiB, the device has {free / 2**30:.1f} GiB left; pass fewer "
+                "samples at a time, shorten the background or lower max_new_tokens"
+            )
+
+    def _run(
+        self, samples: Sequence[TokenSample], params: SamplingParams, every: int
+    ) -> Iterator[list[list[_Transcript]]]:
+        """Decode; yields all transcripts after the first column and after every `every` (at most BLOCK) more."""
+        limits = _limits(samples, params.max_new_tokens)
+        prompt = _prompt(samples, limits, self.align, self.visibility)
+        self._check(samples, prompt)
+        # A branch must end in the column in which its stop string does: its siblings would see what comes after.
+        every = 1 if params.stop else every
+        program = Program(self.config, self.visibility, params.method())
+        controls = params.controls(self.eos_ids, self._allowed)
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        transcripts = [[_Transcript(decode, self.eos_ids, limit, params.stop) for limit in row] for row in limits]
+        slots, branches, room = prompt.tokens.shape[1], prompt.last.shape[1], BLOCK
+        state, token = prefill(self._weights, controls, prompt, program=program, room=room)
+        columns = np.asarray(token)[None]
+        count = 0  # columns chosen; all but the last have been fed
+        while True:
+            for column, chosen in enumerate(columns, start=count):
+                for r, row in enumerate(transcripts):
+                    for b, transcript in enumerate(row):
+                        if chosen[r, b] >= 0:
+                            transcript.push(int(chosen[r, b]), column)
+            count += len(columns)
+            yield transcripts
+            ended = np.ones(prompt.last.shape, bool)
+            for r, row in enumerate(transcripts):
+                ended[r, : len(row)] = [t.finish_reason is not None for t in row]
+            if ended.all():
+                return
+            if count > room:
+                room = bucket(min(4 * room, int(prompt.limit[~ended].max()) - 1), BLOCK)
+                state = enlarge(state, slots + room * branches)
+            until = min(count + every, room + 1)
+            state, block = decode_block(self._weights, controls, state, ended, np.int32(until), program=program)
+            columns = np.asarray(block)[: until - count]

@@ -1,0 +1,324 @@
+"""Column decoding on the device: a prefill, then jitted blocks of columns, one token of every branch a step.
+
+Axes as in `pd_jax.model`, and S samples, n branches (padded to a bucket), C cache slots. The cache of a layer is
+heads-major, k and v [S, K, C, H]: slots 0..T-1 hold the prefilled row, every decoded column takes the next n slots.
+Beside it stand the coordinates of its slots, never a mask: who sees whom is `columns.column_mask`, as in training.
+
+The first answer token of a branch comes from the prefill's logits at its last prompt token. What a branch emits is fed
+once, at its own coordinate, and seen from the next column on; an end-of-sequence token is not emitted.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pd_jax.attention import make_attention
+from pd_jax.columns import Coordinates, Visibility, column_mask, rope_tables, sibling_mask
+from pd_jax.config import ModelConfig
+from pd_jax.model import PROJECTIONS, Params, block, contraction, logits, rms_norm
+from pd_jax.sampling import Controls, Method, distribution, draw
+
+BLOCK = 32  # columns between two looks of the host, and the smallest room for answers in a cache
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything that a compiled program is specialised for, beside the shapes of its arrays."""
+
+    config: ModelConfig
+    visibility: Visibility
+    method: Method
+
+
+class Prompt(NamedTuple):
+    """Prompts on rows: tokens int32 [S, T], their coordinates, and per branch [S, n] what follows.
+
+    last: the place of the branch's last token in its row. first: the column after that. given int32 [S, n, W]: prompt
+    tokens that are not in the row, because siblings answer in their columns; wait: how many. limit: of tokens, given
+    and answered, 0 where there is no branch. stream uint32 [S, n, 4]: what the branch's random numbers depend on.
+    """
+
+    tokens: Any
+    coordinates: Coordinates
+    last: Any
+    first: Any
+    given: Any
+    wait: Any
+    limit: Any
+    stream: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """Decoding between two columns.
+
+    cache: (k, v), each [S, K, C, H], of every layer; coordinates: of its slots, [S, C]; slot: the first free one, a
+    scalar. count: columns chosen so far, a scalar. Per branch [S, n]: token, chosen last and not fed yet; live: there
+    is such a token; done: no more will be chosen; first, given, wait and limit as in `Prompt`; key, of the random
+    numbers; seen bool [S, n, V], the branch's own tokens (None when nothing is penalised).
+    """
+
+    cache: list[tuple[Array, Array]]
+    coordinates: Coordinates
+    slot: Array
+    count: Array
+    token: Array
+    live: Array
+    done: Array
+    first: Array
+    given: Array
+    wait: Array
+    limit: Array
+    key: Array
+    seen: Array | None
+
+
+# --- weights
+def _kept_first(name: str, kernel: Array, lead: int = 0) -> Array:
+    """The kernel of projection `name`, behind `lead` other axes, from [in, out] to [out, in]."""
+    summed, _ = contraction(name)
+    source = range(lead, lead + len(summed))
+    return jnp.moveaxis(kernel, source, range(-len(summed), 0))
+
+
+def _summed_first(name: str, kernel: Array) -> Array:
+    """The inverse of `_kept_first`."""
+    summed, _ = contraction(name)
+    return jnp.moveaxis(kernel, range(-len(summed), 0), range(len(summed)))
+
+
+@partial(jax.jit, static_argnames=("name", "dtype"))
+def _layers_of(stack: Array, name: str, dtype: str) -> list[Array]:
+    """The weights [L, ...] of one kind as a list of L, projections as [out, in]."""
+    stack = _kept_first(name, stack, lead=1) if name in PROJECTIONS else stack
+    return [weight.astype(dtype) for weight in stack]
+
+
+def unstack(params: Params, dtype: str = "float32") -> Params:
+    """Weights for decoding: a list of layers (XLA copies slices of a stack in every step), kernels as [out, in].
+
+    At 4 to 16 rows a CPU multiplies [out, in] up to 1.8 times as fast; `_as_stored` turns them back inside the program,
+    where that costs nothing. The stacks leave `params` on the way, so that two copies of all weights never exist.
+    """
+    stacks = params.pop("layers")
+    kinds = {name: _layers_of(stacks.pop(name), name, dtype) for name in list(stacks)}
+    layers = [dict(zip(kinds, weights, strict=True)) for weights in zip(*kinds.values(), strict=True)]
+    return {name: jnp.asarray(weight, dtype) for name, weight in params.items()} | {"layers": layers}
+
+
+def _as_stored(layer: Params) -> Params:
+    """A layer of `unstack` in the order of axes that `model.block` knows: transposes that the compiler folds away."""
+    return {name: _summed_first(name, w) if name in PROJECTIONS else w for name, w in layer.items()}
+
+
+# --- one forward: of whole rows, of one column
+def cached_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | None = None) -> Array:
+    """`attention.dense_attention` for a few queries over a heads-major cache, the branches folded into the GQA rows.
+
+    q [S, n, N, H], k and v [S, K, C, H], mask [S, n, C], bias [S, N, n, C] -> [S, n, N, H].
+    """
+    s, n, _, h = q.shape
+    heads, slots = k.shape[1:3]
+    rows = q.reshape(s, n, heads, -1, h).swapaxes(1, 2).reshape(s, heads, -1, h)  # [S, K, n*G, H]
+    scores = jnp.einsum("skrh,skch->skrc", rows, k, preferred_element_type=jnp.float32) / math.sqrt(h)
+    scores = scores.reshape(s, heads, n, -1, slots)
+    if bias is not None:
+        scores += bias.reshape(s, heads, -1, n, slots).swapaxes(2, 3)
+    scores = jnp.where(mask[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(s, heads, -1, slots)
+    out = jnp.einsum("skrc,skch->skrh", weights, v)
+    return out.reshape(s, heads, n, -1, h).swapaxes(1, 2).reshape(q.shape)
+
+
+def encode(
+    weights: Params, program: Program, tokens: Array, coordinates: Coordinates
+) -> tuple[Array, list[tuple[Array, Array]]]:
+    """Whole rows at once, with the training attention: hidden states [S, T, D], and k, v [S, T, K, H] per layer."""
+    config = program.config
+    rope = rope_tables(config, coordinates.branch, coordinates.column)
+    attend = make_attention(coordinates, program.visibility)
+    kept: list[tuple[Array, Array]] = []
+
+    def attend_and_keep(q: Array, k: Array, v: Array, sibling_bias: Array | None = None) -> Array:
+        kept.append((k, v))
+        return attend(q, k, v, sibling_bias)
+
+    x = weights["embed"][tokens]
+    for layer in weights["layers"]:
+        x = block(config, _as_stored(layer), x, rope, attend_and_keep)
+    return rms_norm(x, weights["norm"], config.rms_norm_eps), kept
+
+
+def feed(weights: Params, program: Program, state: State) -> tuple[State, Array]:
+    """One column: feed `state.token` where `state.live`; float32 logits [S, n, V] for the tokens after it."""
+    config = program.config
+    s, n = state.token.shape
+    # A dead branch is fed too, for its static place; its slot is invalid, so it sees itself and nobody sees it.
+    here = Coordinates(
+        branch=jnp.broadcast_to(jnp.arange(1, n + 1, dtype=jnp.int32), (s, n)),
+        column=state.first + state.count - 1,
+        segment=jnp.zeros((s, n), jnp.int32),
+        valid=state.live,
+        prompt=jnp.zeros((s, n), bool),
+    )
+    coordinates = jax.tree.map(
+        lambda all_, new: jax.lax.dynamic_update_slice(all_, new, (0, state.slot)), state.coordinates, here
+    )
+    mask = column_mask(here, coordinates, program.visibility, state.slot + jnp.arange(n))
+    siblings = sibling_mask(here, coordinates)
+    rope = rope_tables(config, here.branch, here.column)
+    cache: list[tuple[Array, Array]] = []
+    x = weights["embed"][state.token]
+    for layer, old in zip(weights["layers"], state.cache, strict=True):
+
+        def attend(q: Array, k: Array, v: Array, sibling_bias: Array | None = None, old=old) -> Array:
+            # Written first, attended then: the other way round XLA copies the cache.
+            k, v = (
+                jax.lax.dynamic_update_slice(past, new.swapaxes(1, 2), (0, 0, state.slot, 0))
+                for past, new in zip(old, (k, v), strict=True)
+            )
+            cache.append((k, v))
+            bias = None if sibling_bias is None else sibling_bias[:, None, None] * siblings[:, None]
+            return cached_attention(q, k, v, mask, bias)
+
+        x = block(config, _as_stored(layer), x, rope, attend)
+    hidden = rms_norm(x, weights["norm"], config.rms_norm_eps)
+    return dataclasses.replace(state, cache=cache, coordinates=coordinates, slot=state.slot + n), logits(
+        weights, hidden
+    )
+
+
+# --- the loop
+def choose(program: Program, controls: Controls, state: State, scores: Array) -> tuple[State, Array]:
+    """The next token of every branch, from its logits [S, n, V]; and what was drawn, int32 [S, n], else -1."""
+    scores = distribution(program.method, controls, scores, state.seen)
+    token = draw(program.method, scores, state.key, state.count - state.wait)
+    ended = jnp.any(token[..., None] == controls.eos, axis=-1)
+    silent = state.done
+    if state.given.shape[-1]:
+        waits = state.count < state.wait
+        given = jax.lax.dynamic_index_in_dim(state.given, state.count, axis=-1, keepdims=False)
+        token, ended, silent = jnp.where(waits, given, token), ended & ~waits, silent | waits
+    live = ~state.done & ~ended
+    count = state.count + 1
+    seen = state.seen
+    if seen is not None:
+        s, n = token.shape
+        seen = seen.at[jnp.arange(s)[:, None], jnp.arange(n), token].max(live)
+    after = dataclasses.replace(
+        state,
+        token=jnp.where(live, token, 0),
+        live=live,
+        done=state.done | ended | (count >= state.limit),
+        count=count,
+        seen=seen,
+    )
+    return after, jnp.where(silent, -1, token)
+
+
+def start(weights: Params, program: Program, prompt: Prompt, seed: Array, room: int) -> tuple[State, Array]:
+    """Run the rows once, into a cache with room for `room` columns; the logits [S, n, V] at the branches' last tokens."""
+    config = program.config
+    (s, t), n = prompt.tokens.shape, prompt.last.shape[1]
+    hidden, kept = encode(weights, program, prompt.tokens, prompt.coordinates)
+    space = n * room
+
+    def widen(array: Array, axis: int) -> Array:
+        return jnp.pad(array, [(0, space if a == axis else 0) for a in range(array.ndim)])
+
+    where = prompt.coordinates
+    seen = None
+    if program.method.penalise:
+        own = where.valid & where.prompt
+        place = jnp.arange(s)[:, None], jnp.maximum(where.branch - 1, 0), prompt.tokens
+        seen = jnp.zeros((s, n, config.vocab_size), bool).at[place].max(own)
+
+    def stream(parts: Array) -> Array:
+        key = jax.random.key(seed)
+        for part in parts:
+            key = jax.random.fold_in(key, part)
+        return key
+
+    state = State(
+        cache=[(widen(k.swapaxes(1, 2), 2), widen(v.swapaxes(1, 2), 2)) for k, v in kept],
+        coordinates=jax.tree.map(lambda array: widen(array, 1), where),
+        slot=jnp.int32(t),
+        count=jnp.int32(0),
+        token=jnp.zeros((s, n), jnp.int32),
+        live=jnp.zeros((s, n), bool),
+        done=prompt.limit == 0,
+        first=prompt.first,
+        given=prompt.given,
+        wait=prompt.wait,
+        limit=prompt.limit,
+        key=jax.vmap(jax.vmap(stream))(prompt.stream),
+        seen=seen,
+    )
+    ends = jnp.take_along_axis(hidden, prompt.last[..., None], axis=1)  # [S, n, D]
+    return state, logits(weights, ends)
+
+
+@partial(jax.jit, static_argnames=("program", "room"))
+def prefill(weights: Params, controls: Controls, prompt: Prompt, *, program: Program, room: int) -> tuple[State, Array]:
+    """`start`, and the first token of every branch."""
+    state, scores = start(weights, program, prompt, controls.seed, room)
+    return choose(program, controls, state, scores)
+
+
+@partial(jax.jit, static_argnames=("program",), donate_argnames=("state",))
+def decode_block(
+    weights: Params, controls: Controls, state: State, stopped: Array, until: Array, *, program: Program
+) -> tuple[State, Array]:
+    """Columns until `until` of them are chosen or every branch is done: the state, and int32 [BLOCK, S, n].
+
+    `stopped` [S, n] are branches that have ended, for the host too. The state is donated and returned: the cache stays in place.
+    """
+    before = state.count
+
+    def going(carry: tuple[State, Array]) -> Array:
+        return (carry[0].count < until) & ~jnp.all(carry[0].done)
+
+    def column(carry: tuple[State, Array]) -> tuple[State, Array]:
+        state, out = carry
+        index = state.count - before
+        state, scores = feed(weights, program, state)
+        state, token = choose(program, controls, state, scores)
+        return state, out.at[index].set(token)
+
+    out = jnp.full((BLOCK, *state.token.shape), -1, jnp.int32)
+    return jax.lax.while_loop(going, column, (dataclasses.replace(state, done=state.done | stopped), out))
+
+
+@partial(jax.jit, static_argnames=("size", "axis"))
+def _grow(array: Array, size: int, axis: int) -> Array:
+    return jnp.pad(array, [(0, size - n if a == axis else 0) for a, n in enumerate(array.shape)])
+
+
+def enlarge(state: State, slots: int) -> State:
+    """The state with a cache of `slots` slots. Layer by layer: the old and the new cache never exist together."""
+    cache = state.cache
+    for i in range(len(cache)):
+        k, v = cache[i]
+        cache[i] = _grow(k, slots, 2), _grow(v, slots, 2)
+    coordinates = jax.tree.map(lambda array: _grow(array, slots, 1), state.coordinates)
+    return dataclasses.replace(state, coordinates=coordinates)
+
+
+@partial(jax.jit, static_argnames=("program",))
+def row_logits(weights: Params, tokens: Array, coordinates: Coordinates, *, program: Program) -> Array:
+    """float32 [S, T, V]: every token's logits in one forward."""
+    return logits(weights, encode(weights, program, tokens, coordinates)[0])
+
+
+def cache_bytes(config: ModelConfig, samples: int, tokens: int, branches: int, columns: int, dtype: Any) -> int:
+    """Bytes of the k and v of `samples` rows of `tokens` prefilled tokens and `columns` columns of `branches`."""
+    slots = samples * (tokens + branches * columns)
+    per_slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return slots * per_slot * jnp.dtype(dtype).itemsize

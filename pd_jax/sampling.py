@@ -1,0 +1,134 @@
+"""How the next token is drawn: the arguments a caller gives, and pure functions of logits [..., V]."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How answers are drawn. Cuts apply in the order of transformers: penalty, temperature, top_k, top_p, min_p.
+
+    max_new_tokens: for every branch, or one number per branch of every sample as a nested list. do_sample False takes
+    the likeliest token. top_k 0, top_p 1 and min_p 0 cut nothing. repetition_penalty looks at the branch's own prompt
+    and answer only. stop: strings that end a branch; its text is cut before them, its token_ids are not.
+    Raises `ValueError` for a value out of range.
+    """
+
+    max_new_tokens: int | Sequence[Sequence[int]] = 32
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        checks = {
+            "temperature": (0 < self.temperature < math.inf, "above 0 (for the likeliest token use do_sample=False)"),
+            "top_k": (self.top_k >= 0 and self.top_k == int(self.top_k), "a whole number, 0 (off) or above"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
+            "seed": (0 <= self.seed < 2**32, "in 0..2**32-1"),
+            "stop": (not isinstance(self.stop, str) and all(self.stop), "a list of strings that are not empty"),
+        }
+        for name, (right, wanted) in checks.items():
+            if not right:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+
+    def method(self) -> "Method":
+        truncate = self.do_sample and (self.top_k > 0 or self.top_p < 1)
+        return Method(self.do_sample, truncate, self.repetition_penalty != 1)
+
+    def controls(self, eos_ids: Sequence[int], allowed: Array) -> "Controls":
+        return Controls(
+            np.float32(self.temperature),
+            np.int32(self.top_k),
+            np.float32(self.top_p),
+            np.float32(self.min_p),
+            np.float32(self.repetition_penalty),
+            np.uint32(self.seed),
+            np.array(eos_ids, np.int32),
+            allowed,
+        )
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a compiled program is specialised for: each flag left out avoids work in every step."""
+
+    do_sample: bool = False
+    truncate: bool = False  # top_k or top_p are on: they search the vocabulary for a threshold
+    penalise: bool = False  # repetition_penalty is on: which tokens a branch has seen is remembered
+
+
+class Controls(NamedTuple):
+    """The arguments as scalars (other values compile nothing), eos int32 [E], allowed bool [V]: what may be chosen."""
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    repetition_penalty: Any
+    seed: Any
+    eos: Any
+    allowed: Any
+
+
+def cut(scores: Array, mass: Array, limit: Array) -> Array:
+    """Keep the scores [..., V] above which less than `limit` of `mass` [..., V] lies; the others become -inf.
+
+    With mass 1 this is top_k, with the probabilities top_p; ties stay together. It bisects over the 32 bits of a float:
+    on a CPU, sorting 151,936 scores would cost more than the rest of a step.
+    """
+    bits = jax.lax.bitcast_convert_type(scores + 0.0, jnp.int32)  # + 0.0: -0.0 and 0.0 are a tie
+    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers that compare as the floats do
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)  # (low + high) // 2 without overflow
+        enough = jnp.sum(jnp.where(order > middle, mass, 0.0), axis=-1, keepdims=True) < limit
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    high = jnp.max(order, axis=-1, keepdims=True)
+    low = jnp.full_like(high, jnp.iinfo(jnp.int32).min)
+    _, threshold = jax.lax.fori_loop(0, 32, halve, (low, high))
+    return jnp.where(order >= threshold, scores, -jnp.inf)
+
+
+def distribution(method: Method, controls: Controls, scores: Array, seen: Array | None = None) -> Array:
+    """What a token is drawn from: `scores` [..., V] penalised where `seen`, and when sampling scaled and cut."""
+    scores = jnp.where(controls.allowed, scores, -jnp.inf)
+    if seen is not None:
+        penalty = controls.repetition_penalty
+        scores = jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
+    if not method.do_sample:
+        return scores
+    scores /= controls.temperature
+    if method.truncate:
+        top_k = jnp.where(controls.top_k > 0, controls.top_k, scores.shape[-1]).astype(jnp.float32)
+        scores = cut(scores, jnp.ones_like(scores), top_k)
+        # The probabilities above a rare token may round to 1: infinity keeps it when top_p is off.
+        scores = cut(scores, jax.nn.softmax(scores, axis=-1), jnp.where(controls.top_p < 1, controls.top_p, jnp.inf))
+    least = jnp.max(scores, axis=-1, keepdims=True) + jnp.log(controls.min_p)
+    return jnp.where(scores >= least, scores, -jnp.inf)
+
+
+def draw(method: Method, scores: Array, key: Array, count: Array) -> Array:
+    """int32 [S, n] from a `distribution` [S, n, V]: the likeliest, or by the branch's key and count, both [S, n]."""
+    if not method.do_sample:
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+    def one(key: Array, count: Array, scores: Array) -> Array:
+        return jax.random.categorical(jax.random.fold_in(key, count), scores).astype(jnp.int32)
+
+    return jax.vmap(jax.vmap(one))(key, count, scores)
