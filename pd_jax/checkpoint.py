@@ -32,7 +32,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
 CONCURRENT_BYTES = 256 << 20  # orbax's buffers beside the model; without a limit it holds the model twice
 
 
@@ -52,7 +52,7 @@ def find_model(path_or_hub_id: str, local_files_only: bool = False) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", f"{PARAMS}/*"]
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE", f"{PARAMS}/*"]
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
     except (OSError, HFValidationError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -196,6 +196,10 @@ def _root_cause(error: BaseException) -> str:
 
 
 # --- writing
+def _stage(directory: Path) -> Path:
+    return directory.parent / f".{directory.name}.partial"
+
+
 @contextmanager
 def staging(directory: Path, last: str = "config.json") -> Generator[Path]:
     """A temporary sibling of `directory` to write into; it takes its place when the block ends without an error.
@@ -203,7 +207,7 @@ def staging(directory: Path, last: str = "config.json") -> Generator[Path]:
     Where `directory` exists already, the new files replace those of the same name and the rest stays: the file `last`
     goes away first and comes last, so that what an interruption leaves behind never looks complete.
     """
-    stage = directory.parent / f".{directory.name}.partial"
+    stage = _stage(directory)
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
     try:
@@ -221,35 +225,39 @@ def staging(directory: Path, last: str = "config.json") -> Generator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def write_metadata(directory: Path, config: ModelConfig, source: Path, dtype: Any) -> None:
-    """config.json for weights of `dtype`, and the tokenizer and generation files of `source`.
+def check_new(directory: Path) -> None:
+    """Raise `ValueError` when a conversion would write over something."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists and is not empty; remove it or choose another --output")
 
-    The fields of `source`'s config.json stay as they are. Only a dtype field that would be untrue is corrected:
-    transformers loads weights in the dtype that it names.
+
+def write_metadata(directory: Path, hf: dict[str, Any], source: Path, dtype: Any) -> None:
+    """`hf` as config.json for weights of `dtype`, and the tokenizer and generation files of `source`.
+
+    A dtype field of `hf` that would be untrue is corrected: transformers loads weights in the dtype that it names.
     """
-    original = read_config_json(source) if (source / "config.json").is_file() else None
-    hf = config.to_hf(original)
-    fields = [field for field in ("torch_dtype", "dtype") if field in hf]
-    hf |= dict.fromkeys(fields if original else ("torch_dtype", "dtype"), np.dtype(dtype).name)
+    hf = hf | dict.fromkeys([key for key in ("torch_dtype", "dtype") if key in hf], np.dtype(dtype).name)
     (directory / "config.json").write_text(json.dumps(hf, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name in COPIED_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
 
 
-def save_model(directory: Path, params: Params, config: ModelConfig, source: Path) -> None:
-    """Write a complete model directory: orbax `params/`, config.json, and `source`'s tokenizer and generation files.
+def save_params(directory: Path, params: Params) -> None:
+    """Write the orbax checkpoint `params/` of a model directory; every process must call it."""
+    with _context():
+        ocp.save(str((directory / PARAMS).absolute()), params)
 
-    All or nothing, see `staging`. Every process must call it; process 0 writes the small files.
+
+def save_model(directory: Path, params: Params, config: ModelConfig, source: Path) -> None:
+    """Write a complete model directory: `params/`, config.json, and `source`'s tokenizer and generation files.
+
+    config.json is `source`'s, field by field, with our settings beside them. All or nothing, see `staging`. Every
+    process must call it; process 0 writes the small files.
     """
     if jax.process_index() != 0:
-        _save_orbax(directory.parent / f".{directory.name}.partial" / PARAMS, params)
+        save_params(_stage(directory), params)
         return
     with staging(directory) as stage:
-        _save_orbax(stage / PARAMS, params)
-        write_metadata(stage, config, source, params["embed"].dtype)
-
-
-def _save_orbax(path: Path, params: Params) -> None:
-    with _context():
-        ocp.save(str(path.absolute()), params)
+        save_params(stage, params)
+        write_metadata(stage, config.to_hf(read_config_json(source)), source, params["embed"].dtype)

@@ -14,6 +14,16 @@ from typing import Any
 DEFAULT_PAIR_INDICES = (8, 16, 24)
 SECTION = "pd_jax"  # the key of our settings inside config.json
 
+# Fields of config.json that we honour in one value only; anything else would be silently another model.
+PLAIN_FIELDS = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+
 
 @dataclass(frozen=True)
 class Yarn:
@@ -79,7 +89,9 @@ class ModelConfig:
         errors: list[str] = []
         if hf.get("model_type") != "qwen3":
             errors.append(f"model_type is {hf.get('model_type')!r}, only 'qwen3' is supported")
-        for field, plain in (("attention_bias", False), ("use_sliding_window", False), ("hidden_act", "silu")):
+        if "Qwen3ForCausalLM" not in (hf.get("architectures") or ["Qwen3ForCausalLM"]):
+            errors.append(f"architectures is {hf['architectures']}, only ['Qwen3ForCausalLM'] is supported")
+        for field, plain in PLAIN_FIELDS.items():
             if hf.get(field, plain) != plain:
                 errors.append(f"{field} is {hf[field]!r}, only {plain!r} is supported")
         layer_types = set(hf.get("layer_types") or ["full_attention"])
@@ -87,12 +99,13 @@ class ModelConfig:
             errors.append(
                 f"layer_types has {sorted(layer_types - {'full_attention'})}, only full_attention is supported"
             )
+        # No default for these: transformers' own (head_dim 128, 32 kv heads) are no better a guess than ours.
         required = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-        errors += [f"{field} is missing" for field in required if field not in hf]
+        required += ["num_key_value_heads", "head_dim"]
+        errors += [f"{field} is missing" for field in required if hf.get(field) is None]
         theta, yarn = _read_rope(hf, errors)
         if errors:
             raise ValueError("config.json: " + "; ".join(errors))
-        heads = hf["num_attention_heads"]
         ours = hf.get(SECTION, {})
         unknown = sorted(set(ours) - {"pair_indices", "branch_stride", "sibling_bias"})
         if unknown:
@@ -106,8 +119,6 @@ class ModelConfig:
         chosen = stored if stored is not None else DEFAULT_PAIR_INDICES if pair_indices is None else tuple(pair_indices)
         return cls(
             **{field: hf[field] for field in required},
-            num_key_value_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
             rope_theta=theta,
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=hf.get("tie_word_embeddings", False),
@@ -183,28 +194,35 @@ class LoraConfig:
 
 
 def _read_rope(hf: Mapping[str, Any], errors: list[str]) -> tuple[float, Yarn | None]:
-    """theta and YaRN from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", hf.get("rope_theta"))
-    if theta is None:
+    """theta and YaRN from `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (4)."""
+
+    def stated(name: str) -> dict[str, Any]:
+        rope = {key: value for key, value in (hf.get(name) or {}).items() if value is not None}
+        kind = rope.pop("type", "default")
+        return rope and {"rope_type": kind, **rope}
+
+    new, old = stated("rope_parameters"), stated("rope_scaling")
+    thetas = {float(v) for v in (new.pop("rope_theta", None), old.pop("rope_theta", None), hf.get("rope_theta")) if v}
+    if not thetas:
         errors.append("rope_theta is missing (neither rope_theta nor rope_parameters.rope_theta is there)")
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
-    if kind == "default":
-        return theta, None
-    if kind != "yarn":
+    if len(thetas) > 1:
+        errors.append(f"rope_theta and rope_parameters.rope_theta differ, {sorted(thetas)}; keep the right one")
+    if new and old and new != old:
+        errors.append(
+            f"rope_parameters {new} and rope_scaling {old} differ; keep one (YaRN belongs into rope_parameters)"
+        )
+    theta, rope = min(thetas, default=0.0), dict(new or old)
+    kind = rope.pop("rope_type", "default")
+    known = {f.name for f in dataclasses.fields(Yarn)} if kind == "yarn" else set()
+    if kind not in ("default", "yarn"):
         errors.append(f"rope_type is {kind!r}, only 'default' and 'yarn' are supported")
-        return theta, None
-    rope = {k: v for k, v in rope.items() if v is not None}
-    rope.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
-    unknown = sorted(set(rope) - {f.name for f in dataclasses.fields(Yarn)})
-    if unknown:
-        errors.append(f"rope_parameters has {unknown}, which our YaRN does not know")
-    if "factor" not in rope:
+    elif rope.keys() - known:
+        errors.append(f"rope_parameters has {sorted(rope.keys() - known)}, which rope_type {kind!r} does not know here")
+    elif kind == "yarn" and "factor" not in rope:
         errors.append("rope_parameters.factor is missing (yarn needs it)")
-    if unknown or "factor" not in rope:
-        return theta, None
-    return theta, Yarn(**rope)
+    elif kind == "yarn":
+        return theta, Yarn(**{"original_max_position_embeddings": hf.get("max_position_embeddings", 32768)} | rope)
+    return theta, None
 
 
 def read_config_json(directory: Path) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""Convert a Hugging Face Qwen3 into a pd_jax model directory: orbax `params/`, config.json and tokenizer files."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pd_jax.cli import flag, parse, run
+
+
+@dataclass(frozen=True)
+class Flags:
+    model: str | None = flag(None, "Hugging Face directory or hub id of a Qwen3; required")
+    output: str | None = flag(None, "directory to write, which must not exist yet; required")
+    dtype: str = flag(
+        "stored",
+        "dtype of the converted weights; stored keeps every tensor bit for bit",
+        choices=("stored", "float32", "bfloat16"),
+    )
+
+
+def main() -> None:
+    flags = parse(Flags, description=__doc__)
+    if flags.model is None or flags.output is None:
+        raise ValueError("--model and --output are both needed, see --help")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the model need not fit on an accelerator to be converted
+    from rich.progress import Progress
+
+    from pd_jax.checkpoint import check_new, find_model, load_config, load_params, save_params, staging, write_metadata
+    from pd_jax.config import read_config_json
+    from pd_jax.weights import key_table
+
+    output = Path(flags.output)
+    check_new(output)
+    source = find_model(flags.model)
+    config = load_config(source)
+    with staging(output) as stage:
+        with Progress() as bar:
+            task = bar.add_task("", total=len(key_table(config)))
+            params = load_params(
+                source,
+                config,
+                None if flags.dtype == "stored" else flags.dtype,
+                progress=lambda name: bar.update(task, advance=1, description=name),
+            )
+        save_params(stage, params)
+        # A plain Qwen3 stays plain: which pairs turn with the branch is chosen when it is trained.
+        write_metadata(stage, read_config_json(source), source, params["embed"].dtype)
+    print(f"{source} -> {output}")
+
+
+if __name__ == "__main__":
+    run(main)
