@@ -55,6 +55,11 @@ def _kind(annotation: Any) -> tuple[type, bool]:
     return annotation, False
 
 
+def _option(name: str) -> str:
+    """A field's flag; `from_` is --from, because a field cannot have a keyword's name."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
 def _suggest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
@@ -119,8 +124,8 @@ def parse(flags: type[T], argv: Sequence[str] | None = None, description: str | 
             options |= {"type": kind, "choices": field.metadata["choices"]}
             options |= {"nargs": "*"} if many else {}
             if field.metadata["choices"] is None:
-                options["metavar"] = {int: "N", float: "X"}.get(kind, name.split("_")[-1].upper())
-        groups[title].add_argument(f"--{name.replace('_', '-')}", **options)
+                options["metavar"] = {int: "N", float: "X"}.get(kind, name.strip("_").split("_")[-1].upper())
+        groups[title].add_argument(_option(name), dest=name, **options)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
@@ -133,9 +138,9 @@ def parse(flags: type[T], argv: Sequence[str] | None = None, description: str | 
         values[name] = tuple(value) if isinstance(value, list) else value
         choices, minimum = fields[name].metadata["choices"], fields[name].metadata["minimum"]
         if choices is not None and value not in choices:
-            raise ValueError(f"--{name.replace('_', '-')} {value!r} is not one of {', '.join(choices)}")
+            raise ValueError(f"{_option(name)} {value!r} is not one of {', '.join(choices)}")
         if minimum is not None and value is not None and not value >= minimum:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is below {minimum}, the least that makes sense")
+            raise ValueError(f"{_option(name)} {value} is below {minimum}, the least that makes sense")
     return flags(**values)
 
 

@@ -1,4 +1,4 @@
-"""The flags of the training scripts. Defaults of the reference experiment keep their names and values."""
+"""The flags of the scripts. Defaults of the reference experiment keep their names and values."""
 
 from dataclasses import dataclass
 
@@ -98,3 +98,44 @@ class FinetuneFlags(TrainFlags):
     max_length: int = flag(1024, "tokens a row; several contexts share one", group=DATA, minimum=1)
     epochs: int = flag(1, "times over the data", group=OPTIM, minimum=1)
     max_steps: int | None = flag(None, "stop after this many optimiser steps", group=OPTIM, minimum=1)
+
+
+@dataclass(frozen=True)
+class EvaluateFlags:
+    """scripts/evaluate.py"""
+
+    base_model: str | None = flag(None, "Hugging Face model of the hf rows: directory or hub id", group=MODEL)
+    ft_model: str | None = flag(None, "model of our rows, or a LoRA adapter (then give --ft-base-model)", group=MODEL)
+    ft_base_model: str | None = flag(None, "model that the adapter --ft-model belongs to", group=MODEL)
+    sequential_model: str | None = flag(
+        None, "model of the row sequential, say a control finetuned without columns; --ft-model if none", group=MODEL
+    )
+    rows: tuple[str, ...] = flag(
+        (),
+        "hf-sequential hf-batched hf-one-prompt sequential isolated prompts columns; empty: all that the models allow",
+        group=RUN,
+    )
+    against: str | None = flag(None, "row that differences are taken against; the first row if not given", group=RUN)
+    pair_indices: tuple[int, ...] | None = flag(None, "RoPE pairs of our rows if none are stored", group=MODEL)
+    align: str = flag(
+        "left", "alignment of the rows prompts and columns", group=MODEL, choices=("left", "right", "ragged")
+    )
+    dtype: str = flag("float32", "weights and activations of every row", group=MODEL, choices=("float32", "bfloat16"))
+    local_files_only: bool = flag(False, "never ask the hub", group=MODEL)
+    dataset_name: str = flag("rajpurkar/squad", "hub id or file in SQuAD's format", group=DATA)
+    dataset_split: str = flag("validation", "split of a hub data set", group=DATA)
+    max_branches: int = flag(3, "at most this many questions a context, beside the background", group=DATA, minimum=1)
+    min_questions: int = flag(2, "contexts with fewer questions are left out", group=DATA, minimum=1)
+    max_eval_samples: int = flag(64, "contexts", group=DATA, minimum=1)
+    metric: str = flag(
+        "squad", "squad: words, English; cmrc: characters, Chinese", group=DATA, choices=("squad", "cmrc")
+    )
+    max_new_tokens: int = flag(32, "tokens an answer, at most", group=RUN, minimum=1)
+    batch_size: int = flag(
+        1, "contexts answered at once (one question at a time where rows are serial)", group=RUN, minimum=1
+    )
+    repeats: int = flag(1, "timed runs of each batch, the median counts; 0: answers only", group=RUN, minimum=0)
+    seed: int = flag(0, "of the bootstrap", group=RUN, minimum=0)
+    output_dir: str = flag("./evaluation", "results.json, report.html, predictions-ROW.jsonl", group=RUN)
+    dump_file: str | None = flag(None, "JSON file with every question, its gold answers and the predictions", group=RUN)
+    from_: str | None = flag(None, "a results.json to render again, without running anything", group=RUN)

@@ -1,0 +1,167 @@
+"""Exact match and F1 with intervals, and the table of an evaluation. numpy only: a table is rendered without jax."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pd_jax.data.squad import Context
+
+RESAMPLES = 2000  # bootstrap draws
+
+CMRC_PUNCTUATION = "-:_*^/\\~`+=，。：？！“”；’《》…·、「」（）－～『』"
+
+
+def normalize(text: str) -> str:
+    """SQuAD's: lower case, no punctuation, no articles, single spaces (https://rajpurkar.github.io/SQuAD-explorer)."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _cmrc_normalize(text: str) -> str:
+    return "".join(c for c in text.lower().strip() if c not in CMRC_PUNCTUATION)
+
+
+def _cmrc_segments(text: str) -> list[str]:
+    """Chinese characters one by one, other words whole."""
+    return re.findall(r"[\u4e00-\u9fa5]|[^\W\u4e00-\u9fa5]+|[^\w\s]", _cmrc_normalize(text))
+
+
+def _longest_common_run(a: Sequence[str], b: Sequence[str]) -> int:
+    best, row = 0, [0] * (len(b) + 1)
+    for x in a:
+        row = [0] + [row[j] + 1 if x == y else 0 for j, y in enumerate(b)]
+        best = max(best, *row)
+    return best
+
+
+def _f1(gold: list[str], predicted: list[str], shared: int) -> float:
+    if not gold or not predicted:
+        return float(gold == predicted)  # as SQuAD 2.0's script; 1.1's gives 0 where both are empty
+    return 2 * shared / (len(gold) + len(predicted))
+
+
+def score(prediction: str, answers: Sequence[str], metric: str = "squad") -> tuple[float, float]:
+    """(exact match, F1), each in 0..1, against the best of the gold answers.
+
+    squad: normalised text, F1 over the bag of words. cmrc: punctuation removed, F1 over the longest common run of
+    characters (github.com/ymcui/cmrc2018, with runs of letters in place of nltk's words).
+    """
+    if metric == "squad":
+        words = normalize(prediction).split()
+        golds = [normalize(answer).split() for answer in answers]
+        shared = [(Counter(words) & Counter(gold)).total() for gold in golds]
+        exact = any(words == gold for gold in golds)
+    else:
+        words = _cmrc_segments(prediction)
+        golds = [_cmrc_segments(answer) for answer in answers]
+        shared = [_longest_common_run(words, gold) for gold in golds]
+        exact = _cmrc_normalize(prediction) in {_cmrc_normalize(answer) for answer in answers}
+    return float(exact), max(_f1(gold, words, n) for gold, n in zip(golds, shared, strict=True))
+
+
+def answer_of(text: str) -> str:
+    """What is scored: the first line. A model that was not finetuned to stop goes on with the next question."""
+    return text.strip().split("\n")[0].strip()
+
+
+def leaks(context: Context, index: int, metric: str = "squad") -> bool:
+    """Whether a gold answer of question `index` occurs in a sibling's question or gold answers."""
+
+    def flat(text: str) -> str:
+        return f" {normalize(text)} " if metric == "squad" else _cmrc_normalize(text)
+
+    siblings = [q for i, q in enumerate(context.questions) if i != index]
+    texts = [flat(text) for q in siblings for text in (q.text, *q.answers)]
+    golds = [flat(answer) for answer in context.questions[index].answers]
+    return any(gold in text for gold in golds if gold.strip() for text in texts)
+
+
+def estimate(scores: np.ndarray, context: np.ndarray, reference: int, seed: int) -> list[dict[str, Any]]:
+    """Means in percent with 95 % intervals, and paired differences to row `reference`, from a bootstrap by context.
+
+    scores [rows, questions] in 0..1, context [questions]: which context each question is about. Questions of one
+    context are not independent, so whole contexts are drawn, the same ones for every row.
+    """
+    _, owner = np.unique(context, return_inverse=True)
+    counts = np.bincount(owner)
+    sums = np.stack([np.bincount(owner, weights=row) for row in scores])  # [rows, contexts]
+    n = len(counts)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    means = 100 * (sums @ draws.T) / (counts @ draws.T)  # [rows, RESAMPLES]
+    value = 100 * sums.sum(axis=1) / counts.sum()
+
+    def interval(drawn: np.ndarray) -> list[float]:
+        return [float(x) for x in np.percentile(drawn, (2.5, 97.5))]
+
+    return [
+        {
+            "value": float(value[row]),
+            "interval": interval(means[row]),
+            "difference": float(value[row] - value[reference]),
+            "difference_interval": interval(means[row] - means[reference]),
+        }
+        for row in range(len(scores))
+    ]
+
+
+def summarize(results: dict[str, Any]) -> dict[str, Any]:
+    """The table from what was recorded; a pure function of results.json."""
+    flags, contexts, records = results["flags"], results["contexts"], results["rows"]
+    questions = [(c, b, q) for c, context in enumerate(contexts) for b, q in enumerate(context["questions"])]
+    context, branch = np.array([c for c, _, _ in questions]), np.array([b for _, b, _ in questions])
+    width = np.array([len(contexts[c]["questions"]) for c in context])
+    free = np.array([not q["leaks"] for _, _, q in questions])
+    scores = np.array(
+        [
+            [score(answer_of(row[c]["answers"][b]), q["answers"], flags["metric"]) for c, b, q in questions]
+            for row in records.values()
+        ]
+    ).transpose(2, 0, 1)  # [EM and F1, rows, questions]
+    names = list(records)
+    reference = names.index(flags["against"] or names[0])
+
+    def quality(keep: np.ndarray) -> list[dict[str, Any]]:
+        if not keep.any():
+            return [{"questions": 0} for _ in names]
+        em, f1 = (estimate(part[:, keep], context[keep], reference, flags["seed"]) for part in scores)
+        return [{"questions": int(keep.sum()), "em": e, "f1": f} for e, f in zip(em, f1, strict=True)]
+
+    parts = {
+        "all": quality(np.ones(len(questions), bool)),
+        "leak_free": quality(free),
+        "branches": {int(k): quality(width == k) for k in np.unique(width)},
+        "index": {int(b) + 1: quality(branch == b) for b in np.unique(branch)},
+    }
+    rows = {}
+    for r, name in enumerate(names):
+        by_width = {k: [x for x in records[name] if len(x["answers"]) == k] for k in parts["branches"]}
+        rows[name] = {
+            **parts["all"][r],
+            "leak_free": parts["leak_free"][r],
+            "cost": _cost(records[name]),
+            "by_branches": {k: {**q[r], "cost": _cost(by_width[k])} for k, q in parts["branches"].items()},
+            "by_index": {k: q[r] for k, q in parts["index"].items()},
+        }
+    return {"reference": names[reference], "contexts": len(contexts), "questions": len(questions), "rows": rows}
+
+
+def _cost(records: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Means a context; tokens_per_second counts answer tokens only, dead is a share of slots."""
+
+    def mean(key: str) -> float | None:
+        values = [record[key] for record in records]
+        return None if None in values else sum(values) / len(values)
+
+    tokens, seconds, slots = mean("tokens"), mean("seconds"), mean("slots")
+    live = sum(record["tokens"] + sum(record["ended"]) for record in records) / len(records)
+    peaks = [record["peak_bytes"] for record in records if record["peak_bytes"] is not None]
+    return {
+        **{key: mean(key) for key in ("forwards", "columns", "prefill_tokens", "seconds", "first_token_seconds")},
+        "tokens_per_second": tokens / seconds if tokens is not None and seconds else None,
+        "dead": 1 - live / slots if slots else None,
+        "peak_bytes": max(peaks, default=None),
+    }

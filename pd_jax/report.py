@@ -1,0 +1,182 @@
+"""An evaluation's results as tables on the terminal and as one HTML file with its plots inside."""
+
+import base64
+import html
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Rows = dict[str, dict[str, Any]]
+
+
+def _number(value: float | None, form: str = ".1f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _estimate(part: dict[str, Any], key: str) -> str:
+    """`value [low, high]` of one estimate; "-" where no question belongs to the part."""
+    if key not in part:
+        return "-"
+    low, high = part[key]["interval"]
+    return f"{part[key]['value']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _difference(part: dict[str, Any], key: str) -> str:
+    if key not in part:
+        return "-"
+    low, high = part[key]["difference_interval"]
+    return f"{part[key]['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, header, lines) of every table."""
+    summary = results["summary"]
+    rows: Rows = summary["rows"]
+    first = next(iter(rows.values()))
+    against = f"against {summary['reference']}"
+    quality = ["row", "EM %", f"EM {against}", "F1 %", f"F1 {against}"]
+
+    def lines(part: Callable[[dict[str, Any]], dict[str, Any]]) -> list[list[str]]:
+        return [
+            [name, *(f(part(row), key) for key in ("em", "f1") for f in (_estimate, _difference))]
+            for name, row in rows.items()
+        ]
+
+    scale = 1 / 2**20
+    cost = [
+        [
+            name,
+            *(_number(c[key]) for key in ("forwards", "columns", "prefill_tokens")),
+            _number(c["seconds"], ".3f"),
+            _number(c["tokens_per_second"]),
+            _number(c["first_token_seconds"], ".3f"),
+            _number(c["peak_bytes"] and c["peak_bytes"] * scale, ".0f"),
+            _number(c["dead"], ".0%"),
+        ]
+        for name, c in ((name, row["cost"]) for name, row in rows.items())
+    ]
+    header = ["row", "forwards", "columns", "prefill tok", "seconds", "tok/s", "first tok s", "peak MiB", "dead"]
+    branches, places = list(first["by_branches"]), list(first["by_index"])
+    return [
+        (f"{summary['questions']} questions on {summary['contexts']} contexts", quality, lines(lambda row: row)),
+        (
+            f"The {first['leak_free']['questions']} questions whose answer occurs in no sibling's question or answer",
+            quality,
+            lines(lambda row: row["leak_free"]),
+        ),
+        ("Cost of a context", header, cost),
+        (
+            "EM % by number of branches",
+            ["row", *(f"{k} ({first['by_branches'][k]['questions']})" for k in branches)],
+            [[name, *(_estimate(row["by_branches"][k], "em") for k in branches)] for name, row in rows.items()],
+        ),
+        (
+            "EM % by branch index",
+            ["row", *(f"{k} ({first['by_index'][k]['questions']})" for k in places)],
+            [[name, *(_estimate(row["by_index"][k], "em") for k in places)] for name, row in rows.items()],
+        ),
+    ]
+
+
+def print_table(results: dict[str, Any], console: Console) -> None:
+    """The tables of quality and cost; in a pipe they are as wide as they need to be."""
+    if not console.is_terminal:
+        console = Console(width=140, file=console.file)
+    for title, header, lines in _tables(results)[:3]:
+        table = Table(title=title, title_justify="left")
+        for i, name in enumerate(header):
+            table.add_column(name, justify="right" if i else "left")
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+    console.print(
+        "In brackets: 95 % intervals, bootstrap by context. Seconds are for a context with all its questions."
+    )
+
+
+def _plots(results: dict[str, Any]) -> list[bytes]:
+    """PNGs: EM by row with intervals, speed against the number of branches, EM by branch index."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    rows: Rows = results["summary"]["rows"]
+    pictures = []
+
+    def save(figure: Any) -> None:
+        buffer = io.BytesIO()
+        figure.tight_layout()
+        figure.savefig(buffer, format="png", dpi=110)
+        plt.close(figure)
+        pictures.append(buffer.getvalue())
+
+    figure, axes = plt.subplots(figsize=(7, 0.5 * len(rows) + 1.2))
+    for place, row in enumerate(rows.values()):
+        low, high = row["em"]["interval"]
+        axes.plot([low, high], [place, place], color="tab:blue")
+        axes.plot(row["em"]["value"], place, "o", color="tab:blue")
+    axes.set(
+        yticks=range(len(rows)),
+        yticklabels=list(rows),
+        xlabel="exact match, % (95 % interval)",
+        ylim=(len(rows) - 0.5, -0.5),
+    )
+    save(figure)
+
+    def curves(part: str, value: Callable[[dict[str, Any]], float | None], x: str, y: str) -> None:
+        figure, axes = plt.subplots(figsize=(7, 4))
+        for name, row in rows.items():
+            points = [(int(k), value(v)) for k, v in row[part].items() if value(v) is not None]
+            axes.plot(*zip(*points, strict=True), "o-", label=name)
+        axes.set(xlabel=x, ylabel=y, ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend()
+        save(figure)
+
+    if all(row["cost"]["seconds"] is not None for row in rows.values()):
+        curves("by_branches", lambda v: v["cost"]["tokens_per_second"], "branches", "answer tokens a second")
+    curves("by_index", lambda v: v["em"]["value"], "branch index", "exact match, %")
+    return pictures
+
+
+def _html_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    def cells(tag: str, values: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values) + "</tr>"
+
+    body = "\n".join(cells("td", line) for line in lines)
+    return f"<h2>{html.escape(title)}</h2>\n<table>\n{cells('th', header)}\n{body}\n</table>"
+
+
+STYLE = """body { font: 15px/1.45 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse } th, td { padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd }
+th:first-child, td:first-child { text-align: left } img { max-width: 100%; display: block }"""
+
+
+def write_report(results: dict[str, Any], path: Path) -> None:
+    """One HTML file that needs nothing else."""
+    facts = {"flags": results["flags"], **results["machine"], "settings": results["settings"]}
+    parts = [_html_table(*table) for table in _tables(results)]
+    pictures = [f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">' for png in _plots(results)]
+    notes = [f"<p>Note: {html.escape(note)}.</p>" for note in results["notes"]]
+    lines = [[name, str(value)] for name, value in facts.items()]
+    path.write_text(
+        "\n".join(
+            [
+                f"<!doctype html><meta charset='utf-8'><title>Evaluation</title><style>{STYLE}</style>",
+                "<h1>Evaluation</h1>",
+                *notes,
+                *parts[:3],
+                "<p>In brackets: 95 % intervals from a bootstrap by context; differences are paired.</p>",
+                *pictures,
+                *parts[3:],
+                _html_table("How it was measured", ["what", "value"], lines),
+            ]
+        ),
+        encoding="utf-8",
+    )
