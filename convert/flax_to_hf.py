@@ -32,9 +32,9 @@ def model_card(hf: dict[str, Any]) -> str:
     if settings["pair_indices"] or settings["sibling_bias"]:
         verdict = (
             "**Plain transformers does not reproduce this model.** It loads the directory as an ordinary Qwen3 and\n"
-            "says little or nothing, but turns every RoPE pair with the position; here some pairs turn with the number\n"
-            "of the branch, and tokens of one column do not see one another. Logits differ even for text without\n"
-            "branches, and generated text will be worse than it should be."
+            "says little or nothing, but turns every RoPE pair with the position; here some pairs turn with the\n"
+            "number of the branch, and tokens of one column do not see one another. Logits differ even for text\n"
+            "without branches, and generated text will be worse than it should be."
         )
         if settings["sibling_bias"]:
             verdict += "\nIt also drops the tensors `self_attn.sibling_bias`, which it does not know."

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Generator, Sequence
@@ -34,6 +35,7 @@ TOKENIZER_FILES = (
 )
 COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
 CONCURRENT_BYTES = 256 << 20  # orbax's buffers beside the model; without a limit it holds the model twice
+CHUNK_BYTES = 64 << 20  # what is compressed at once
 
 
 # --- finding, reading
@@ -149,16 +151,19 @@ def _is_shape(node: Any) -> bool:
     return isinstance(node, tuple)
 
 
-def _context() -> ocp.Context:
-    """Orbax with bounded buffers."""
+def _context(tree: Any) -> ocp.Context:
+    """Orbax with bounded buffers; its limits must lie above the largest array of `tree`."""
     context = ocp.Context()
-    context.memory.write_concurrent_bytes = CONCURRENT_BYTES
-    context.memory.read_concurrent_bytes = CONCURRENT_BYTES
+    largest = max(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(CONCURRENT_BYTES, largest + 1)
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    context.array.saving.use_compression = False  # weights hardly shrink, and it takes three times as long
     return context
 
 
 def _load_orbax(path: Path, config: ModelConfig, dtype: Any, shardings: Any) -> Params:
     """The tree at `path`, checked against `config` before it is read."""
+    path = path.absolute()  # orbax finds nothing at a relative one, and says nothing
     try:
         stored = ocp.metadata(str(path)).metadata
     except Exception as error:
@@ -182,7 +187,7 @@ def _load_orbax(path: Path, config: ModelConfig, dtype: Any, shardings: Any) -> 
         shardings,
     )
     try:
-        with _context():
+        with _context(target):
             return ocp.load(str(path), target)
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint: {_root_cause(error)}") from None
@@ -245,7 +250,7 @@ def write_metadata(directory: Path, hf: dict[str, Any], source: Path, dtype: Any
 
 def save_params(directory: Path, params: Params) -> None:
     """Write the orbax checkpoint `params/` of a model directory; every process must call it."""
-    with _context():
+    with _context(params):
         ocp.save(str((directory / PARAMS).absolute()), params)
 
 
