@@ -14,7 +14,7 @@ An end-of-sequence token is a target and never an input: a branch that has ended
 training exactly as in decoding.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple
 
@@ -90,6 +90,9 @@ class Layout:
 
     def keys(self) -> list[str]:
         return [f.name for f in fields(self)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
 
 
 class _Row(NamedTuple):

@@ -171,12 +171,13 @@ def forward(
 
     dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_hidden_layers)
 
-    def body(x: Array, xs: tuple[Params, Params | None, Array | None]) -> tuple[Array, None]:
+    def layer_step(x: Array, xs: tuple[Params, Params | None, Array | None]) -> tuple[Array, None]:
         layer, adapter, key = xs
         return constrain(block(config, layer, x, rope, attend, adapter, lora, key)), None
 
+    body = layer_step
     if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)  # scan keeps them apart already
+        body = jax.checkpoint(layer_step, policy=REMAT_POLICIES[remat], prevent_cse=False)  # scan prevents it already
     x = constrain(params["embed"][tokens].astype(dtype))
     xs = (params["layers"], adapters, dropout_keys)
     x, _ = jax.lax.scan(body, x, xs)

@@ -115,13 +115,13 @@ def finetune(flags: FinetuneFlags) -> None:
         used = sum(len(samples[i]) for row in rows for i in row) / (len(rows) * flags.max_length)
         console.print(f"{len(rows)} rows of {flags.max_length} tokens, {used:.0%} of them used")
         return (
-            pipeline.finetune_batches(
-                samples, rows, flags.max_length, rows_per_step(flags), flags.align, start.pad
-            ),
+            pipeline.finetune_batches(samples, rows, flags.max_length, rows_per_step(flags), flags.align, start.pad),
             steps,
         )
 
-    data, steps = batches(samples(flags.dataset_name, flags.dataset_split, flags.max_train_samples), flags.epochs, flags.max_steps)
+    data, steps = batches(
+        samples(flags.dataset_name, flags.dataset_split, flags.max_train_samples), flags.epochs, flags.max_steps
+    )
     held_out = None
     name = flags.eval_dataset_name or (None if Path(flags.dataset_name).exists() else flags.dataset_name)
     if name is not None:
@@ -137,7 +137,9 @@ def rows_per_step(flags: TrainFlags) -> int:
 def prepare(flags: TrainFlags) -> Start:
     """Read and check everything that a run needs but its weights. Raises `ValueError`; writes nothing."""
     if len(flags.mesh) != 3:
-        raise ValueError(f"--mesh {' '.join(map(str, flags.mesh))} has {len(flags.mesh)} sizes; give data, fsdp, tensor")
+        raise ValueError(
+            f"--mesh {' '.join(map(str, flags.mesh))} has {len(flags.mesh)} sizes; give data, fsdp, tensor"
+        )
     directory = find_model(flags.model_name, flags.local_files_only)
     config = load_config(directory, flags.pair_indices)
     config = dataclasses.replace(config, sibling_bias=config.sibling_bias or flags.sibling_bias)
@@ -192,8 +194,8 @@ def make_step(
 ) -> tuple[Callable, Callable]:
     """(step, evaluate), both to be jitted.
 
-    step(state, frozen, batch) -> (state, metrics): state {"trained", "opt", "step"}; batch arrays [A, B, T]. The loss is
-    one division, sum(weight * nll) / sum(weight) over all A x B rows, so accumulation changes nothing but memory.
+    step(state, frozen, batch) -> (state, metrics): state {"trained", "opt", "step"}; batch arrays [A, B, T]. The loss
+    is one division, sum(weight * nll) / sum(weight) over all A x B rows: accumulation changes nothing but memory.
     evaluate(trained, frozen, batch) -> (sum of weighted nll, sum of weights).
     """
 
@@ -207,7 +209,6 @@ def make_step(
             flags.visibility,
             dtype,
             remat=flags.remat,
-            backend=flags.attention,
             constrain=lambda x: jax.lax.with_sharding_constraint(x, SPECS.act_btd),
             adapters=adapters,
             lora=lora,
@@ -230,7 +231,7 @@ def make_step(
         updates, opt = optimizer.update(grads, state["opt"], state["trained"])
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree_utils.tree_norm(grads),
             "tokens": tokens,
             "used": jnp.mean(batch["valid"].astype(jnp.float32)),
         }

@@ -1,0 +1,444 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from pd_jax.checkpoint import load_config, load_params
+from pd_jax.columns import Coordinates
+from pd_jax.config import LoraConfig
+from pd_jax.data import pipeline
+from pd_jax.flags import FinetuneFlags, PretrainFlags
+from pd_jax.layout import Branch, TokenSample, build_layout
+from pd_jax.lora import init_adapters
+from pd_jax.loss import weighted_nll
+from pd_jax.model import forward, head, init_params, logits
+from pd_jax.sharding import SPECS, make_mesh, param_shardings
+from pd_jax.train import abstract_state, finetune, make_optimizer, make_step, pretrain
+
+ROOT = Path(__file__).parents[1]
+CONFIG = tiny.config()
+FLAGS = PretrainFlags(learning_rate=1e-2, lora_dropout=0.0)
+
+
+def random_rows(rows: int, length: int = 48, seed: int = 0) -> dict[str, np.ndarray]:
+    """Finetuning rows with ragged answers, some rows nearly empty: their weights differ widely."""
+    rng = np.random.default_rng(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return rng.integers(1, 300, rng.integers(low, high)).tolist()
+
+    samples = [
+        [TokenSample(ids(0, 12), [Branch(ids(1, 5), ids(1, 8 if r % 2 else 2), 9) for _ in range(1 + r % 3)])]
+        for r in range(rows)
+    ]
+    layout = build_layout(samples, length)
+    return {name: layout[name] for name in layout}
+
+
+def stacked(rows: dict[str, np.ndarray], accumulation: int) -> dict[str, jax.Array]:
+    return {k: jnp.asarray(v.reshape(accumulation, -1, v.shape[-1])) for k, v in rows.items()}
+
+
+@cache
+def start() -> dict:
+    """A fresh training state, as numpy."""
+    optimizer, _ = make_optimizer(FLAGS, 10)
+
+    def state() -> dict:
+        params = init_params(CONFIG, jax.random.key(0))
+        return {"trained": params, "opt": optimizer.init(params), "step": jnp.int32(0)}
+
+    return jax.device_get(jax.jit(state)())
+
+
+@cache
+def compiled_step(remat: str = "none") -> Callable:
+    flags = dataclasses.replace(FLAGS, remat=remat)
+    step = jax.jit(make_step(flags, CONFIG, None, make_optimizer(FLAGS, 10)[0], jnp.float32)[0])
+
+    def run(rows: dict[str, np.ndarray], accumulation: int = 1) -> tuple[dict, dict]:
+        with one_device():
+            return step(start(), {}, stacked(rows, accumulation))
+
+    return run
+
+
+def one_device():
+    return jax.set_mesh(make_mesh(1, 1, 1, jax.devices()[:1]))
+
+
+# ---------------------------------------------------------------- targets
+
+
+@pytest.mark.slow
+def test_flat_shift_answers_the_neighbour_and_per_branch_targets_their_own():
+    """The fault of the PyTorch experiment: labels shifted in flat, column-sorted order are the next branch's tokens.
+
+    Two branches ask `[key, ASK]`; the answer is key + 40. With flat labels the second branch learns the first one's
+    answer; with per-branch targets each learns its own.
+    """
+    ask, keys = 5, 40
+    config = tiny.config(vocab_size=96, hidden_size=64, head_dim=32, num_attention_heads=2, pair_indices=(3, 5, 7))
+
+    def batch(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
+        chosen = rng.integers(0, keys, (rows, 2))
+        samples = [[TokenSample([], [Branch([10 + a, ask], [50 + a], 1) for a in row])] for row in chosen]
+        layout = build_layout(samples)
+        return {name: layout[name] for name in layout}
+
+    def flat(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        answer = ~rows["prompt"] & rows["valid"]
+        following = np.roll(answer, -1, axis=1)
+        following[:, -1] = False
+        return rows | {"targets": np.roll(rows["tokens"], -1, axis=1), "weights": following.astype(np.float32)}
+
+    optimizer = optax.adam(3e-3)
+
+    @jax.jit
+    def step(params, opt, rows):
+        def loss(params):
+            hidden = forward(params, config, rows["tokens"], Coordinates.of(rows))
+            return weighted_nll(hidden, head(params), rows["targets"], rows["weights"]) / rows["weights"].sum()
+
+        updates, opt = optimizer.update(jax.grad(loss)(params), opt)
+        return optax.apply_updates(params, updates), opt
+
+    def answers(change) -> tuple[int, int]:
+        """Of 180 questions to the second branch: how many get the right answer, how many the neighbour's."""
+        rng = np.random.default_rng(0)
+        params = init_params(config, jax.random.key(0))
+        opt = optimizer.init(params)
+        for _ in range(400):
+            params, opt = step(params, opt, change(batch(rng, 32)))
+        test = batch(np.random.default_rng(1), 400)
+        different = np.flatnonzero(test["tokens"][:, 0] != test["tokens"][:, 1])[:180]
+        out = logits(params, forward(params, config, test["tokens"], Coordinates.of(test)))
+        said = np.asarray(out[different, 3].argmax(-1))  # flat order: key1 key2 ASK1 ASK2 answer1 answer2
+        own, neighbour = test["tokens"][different, 5], test["tokens"][different, 4]
+        return int((said == own).sum()), int((said == neighbour).sum())
+
+    assert answers(flat) == (0, 180)
+    assert answers(lambda rows: rows) == (180, 0)
+
+
+# ---------------------------------------------------------------- the step
+
+
+def test_accumulation_changes_nothing():
+    """1 x 4 rows and 4 x 1 rows with very different weights: the same loss and the same update."""
+    rows = random_rows(4)
+    assert len(set(rows["weights"].sum(1).tolist())) > 2
+    whole, first = compiled_step()(rows, 1)
+    parts, second = compiled_step()(rows, 4)
+    np.testing.assert_allclose(first["loss"], second["loss"], rtol=1e-6)
+    np.testing.assert_allclose(first["grad_norm"], second["grad_norm"], rtol=1e-5)
+    # Adam divides by the gradient's size: compare its first moment, which is the gradient itself.
+    gradients = [optax.tree_utils.tree_get(state["opt"], "mu") for state in (whole, parts)]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), *gradients)
+
+
+def test_the_loss_is_the_mean_over_weighted_targets():
+    rows = random_rows(4)
+    out = jax.jit(lambda p: logits(p, forward(p, CONFIG, rows["tokens"], Coordinates.of(rows))))(start()["trained"])
+    nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(out)), rows["targets"][..., None], -1)[..., 0]
+    expected = (nll * rows["weights"]).sum() / rows["weights"].sum()
+    np.testing.assert_allclose(compiled_step()(rows)[1]["loss"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_recomputing_changes_nothing(remat):
+    plain, recomputed = (compiled_step(policy)(random_rows(4))[1]["grad_norm"] for policy in ("none", remat))
+    np.testing.assert_allclose(plain, recomputed, rtol=1e-5)
+
+
+def test_padding_rows_change_nothing():
+    rows = random_rows(4)
+    empty = build_layout([[], []], rows["tokens"].shape[1])
+    some = {name: np.concatenate([array[:2], empty[name]]) for name, array in rows.items()}
+    mixed = {name: array[[2, 0, 3, 1]] for name, array in some.items()}
+    first, second = compiled_step()(some)[1], compiled_step()(mixed)[1]
+    np.testing.assert_allclose(first["loss"], second["loss"], rtol=1e-6)
+    np.testing.assert_allclose(first["grad_norm"], second["grad_norm"], rtol=1e-5)
+    alone = {name: array[[0, 1, 0, 1]] for name, array in rows.items()}
+    np.testing.assert_allclose(first["loss"], compiled_step()(alone)[1]["loss"], rtol=1e-6)
+    nothing = compiled_step()({name: array[[2, 2, 3, 3]] for name, array in some.items()})[1]
+    assert float(nothing["loss"]) == 0
+    assert float(nothing["grad_norm"]) == 0
+
+
+def test_only_adapters_are_trained_and_only_they_have_moments():
+    lora = LoraConfig(r=2, alpha=4, dropout=0.0, target_modules=("q_proj", "down_proj"))
+    optimizer, _ = make_optimizer(FLAGS, 10)
+    step = jax.jit(make_step(FLAGS, CONFIG, lora, optimizer, jnp.float32)[0])
+    adapters = init_adapters(CONFIG, lora, jax.random.key(1))
+    state = {"trained": adapters, "opt": optimizer.init(adapters), "step": jnp.int32(0)}
+    losses = []
+    with one_device():
+        for _ in range(8):
+            state, metrics = step(state, start()["trained"], stacked(random_rows(3), 1))
+            losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.1
+    sizes = jax.tree.map(jnp.size, optax.tree_utils.tree_get(state["opt"], "mu"))
+    assert sizes == jax.tree.map(jnp.size, adapters)
+
+
+def test_norms_do_not_decay():
+    """With a zero gradient only weight decay moves a parameter."""
+    optimizer, _ = make_optimizer(dataclasses.replace(FLAGS, weight_decay=0.1, warmup_ratio=0), 10)
+
+    @jax.jit
+    def unmoved() -> dict:
+        params = init_params(tiny.config(sibling_bias=True), jax.random.key(0))
+        return optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)[0]
+
+    updates = unmoved()
+    moved = {jax.tree_util.keystr(p) for p, u in jax.tree_util.tree_leaves_with_path(updates) if np.any(u)}
+    kernels = {f"['layers']['{name}']" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert moved == kernels | {"['embed']"}
+
+
+def test_warmup_then_cosine():
+    _, schedule = make_optimizer(dataclasses.replace(FLAGS, learning_rate=1.0, warmup_ratio=0.1), 100)
+    rates = np.array([schedule(i) for i in range(101)])
+    assert (np.diff(rates[:11]) > 0).all()
+    assert rates[10] == 1.0
+    assert (np.diff(rates[10:]) < 0).all()
+    assert rates[100] < 1e-6
+
+
+# ---------------------------------------------------------------- sharding
+
+
+def run_sharded(mesh_sizes: tuple[int, ...], steps: int, lora: bool = False) -> tuple[list[float], dict]:
+    """Losses of `steps` steps of 8 rows on a mesh, and the last state."""
+    devices = jax.devices()[: int(np.prod(mesh_sizes))]
+    mesh = make_mesh(*mesh_sizes, devices=devices)
+    optimizer, _ = make_optimizer(FLAGS, steps)
+    with jax.set_mesh(mesh):
+        shardings = param_shardings(CONFIG, mesh)
+        params = jax.device_put(start()["trained"], shardings)
+        shape = abstract_state(params, shardings, optimizer, mesh)
+        places = jax.tree.map(lambda x: x.sharding, shape)
+        state = {
+            "trained": params,
+            "opt": jax.jit(optimizer.init, out_shardings=places["opt"])(params),
+            "step": jax.device_put(jnp.int32(0), places["step"]),
+        }
+        step = jax.jit(make_step(FLAGS, CONFIG, None, optimizer, jnp.float32)[0], out_shardings=(places, None))
+        batch_place = jax.sharding.NamedSharding(mesh, SPECS.batch_abt)
+        losses = []
+        for i in range(steps):
+            state, metrics = step(state, {}, jax.device_put(stacked(random_rows(8, seed=i), 1), batch_place))
+            losses.append(float(metrics["loss"]))
+        assert step._cache_size() == 1
+    return losses, state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 1, 2), (1, 4, 2), (2, 2, 2)])
+def test_sharded_equals_unsharded(mesh):
+    alone, _ = run_sharded((1, 1, 1), 20)
+    losses, state = run_sharded(mesh, 20)
+    np.testing.assert_allclose(losses, alone, rtol=2e-4)
+    assert losses[-1] < losses[0] - 0.5
+    q = state["trained"]["layers"]["q"]
+    assert q.addressable_shards[0].data.size == q.size // (mesh[1] * mesh[2])
+    mu = optax.tree_utils.tree_get(state["opt"], "mu")
+    jax.tree.map(lambda m, p: np.testing.assert_equal(m.sharding, p.sharding), mu, state["trained"])
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return {
+        "base": str(tiny.model_directory(folder / "base")),
+        "web": str(tiny.documents(folder / "web.jsonl")),
+        "squad": str(tiny.squad(folder / "squad.json")),
+    }
+
+
+def pretrain_flags(inputs: dict[str, str], output: Path, **changes) -> PretrainFlags:
+    flags = PretrainFlags(
+        model_name=inputs["base"],
+        random_init=True,
+        dataset_name=inputs["web"],
+        output_dir=str(output),
+        branch_count=3,
+        seq_length=12,
+        max_steps=12,
+        batch_size=2,
+        logging_steps=1,
+        mesh=(1, 1, -1) if len(jax.devices()) == 2 else (2, 1, 4),
+    )
+    return dataclasses.replace(flags, **{"mesh": (1, 2, 1), **changes})
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+    monkeypatch.setattr(jax, "devices", partial(lambda all: all[:2], jax.devices()))
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_devices")
+def test_the_stages_follow_one_another(inputs, tmp_path):
+    """Pretraining writes what finetuning starts from; settings and tokenizer travel along; both learn."""
+    first, second = tmp_path / "pretrained", tmp_path / "finetuned"
+    pretrain(pretrain_flags(inputs, first, max_steps=30, learning_rate=3e-3))
+    losses = [m["loss"] for m in metrics(first)]
+    assert [m["step"] for m in metrics(first)] == list(range(1, 31))
+    assert losses[-1] < losses[0] - 1
+    flags = FinetuneFlags(
+        model_name=str(first),
+        dataset_name=inputs["squad"],
+        eval_dataset_name=inputs["squad"],
+        output_dir=str(second),
+        max_length=128,
+        epochs=6,
+        logging_steps=1,
+        learning_rate=3e-3,
+        batch_size=2,
+        mesh=(1, 2, 1),
+    )
+    finetune(flags)
+    assert metrics(second)[-1]["loss"] < metrics(second)[0]["loss"] - 1
+    assert metrics(second)[-1]["validation_loss"] < metrics(second)[0]["loss"] - 1
+    config = load_config(second)
+    assert config == CONFIG
+    assert {"tokenizer.json", "config.json", "params"} <= {p.name for p in second.iterdir()}
+    before = load_params(first, config)["layers"]["q"]
+    assert not np.array_equal(before, load_params(second, config)["layers"]["q"])
+    finetune(flags)  # finished: says so and changes nothing
+
+
+def launch(flags: PretrainFlags, **environment: str) -> subprocess.Popen:
+    argv = [sys.executable, "scripts/pretrain.py"]
+    for name, value in dataclasses.asdict(flags).items():
+        if value != getattr(PretrainFlags(), name):
+            option = f"--{name.replace('_', '-')}"
+            argv += [option] if value is True else [option, *map(str, value if isinstance(value, tuple) else [value])]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONUNBUFFERED": "1"} | environment
+    return subprocess.Popen(
+        argv, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "took too long"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
+def test_kill_and_run_again_continues_bit_for_bit(inputs, tmp_path, streaming):
+    flags = partial(
+        pretrain_flags, inputs, mesh=(1, 1, 1), save_steps=4, max_steps=24, use_lora=False, streaming=streaming,
+        seq_length=8, branch_count=2, batch_size=1,
+    )  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    process = launch(flags(whole))
+    assert process.wait() == 0, process.communicate()[0]
+    killed = launch(flags(cut))
+    wait_for(lambda: (cut / "checkpoints").is_dir() and any((cut / "checkpoints").glob("[0-9]*")), killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (cut / "config.json").exists()
+    again = launch(flags(cut))
+    output = again.communicate()[0]
+    assert again.returncode == 0, output
+    curve = [(m["step"], m["loss"], m["grad_norm"]) for m in metrics(cut)]
+    assert curve == [(m["step"], m["loss"], m["grad_norm"]) for m in metrics(whole)]
+    config = load_config(whole)
+    jax.tree.map(np.testing.assert_array_equal, load_params(cut, config), load_params(whole, config))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_says_how_to_resume(inputs, tmp_path):
+    flags = pretrain_flags(inputs, tmp_path / "run", mesh=(1, 1, 1), max_steps=2000)
+    process = launch(flags)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").is_file() and len(metrics(tmp_path / "run")) > 3, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert "stopped by SIGTERM" in output
+    assert "run the same command to resume" in output
+    steps = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert steps == [metrics(tmp_path / "run")[-1]["step"]]
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_finetuning_sees_every_sample_once_an_epoch():
+    sizes = [5, 9, 3, 7, 10, 2, 8]
+    rows = pipeline.finetune_rows(sizes, 12, epochs=3, seed=0)
+    seen = [i for row in rows for i in row]
+    assert sorted(seen) == sorted(list(range(7)) * 3)
+    assert seen[:7] != seen[7:14]
+    assert all(sum(sizes[i] for i in row) <= 12 for row in rows)
+    assert rows == pipeline.finetune_rows(sizes, 12, epochs=3, seed=0)
+    samples = [TokenSample(range(size - 2), [Branch([7], [8], 9)]) for size in sizes]
+    batches = list(pipeline.finetune_batches(samples, rows, 12, 2, "left", 0))
+    assert all(batch["tokens"].shape == (2, 12) for batch in batches)
+    assert sum(batch["valid"].sum() for batch in batches) == 3 * sum(sizes)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_name": "/nowhere/model"}, "/nowhere/model"),
+        ({"dataset_name": "/nowhere/web.jsonl"}, "documents '/nowhere/web.jsonl' cannot be loaded"),
+        ({"pair_indices": (3,)}, r"pair_indices \[3\] was asked for, but the weights were trained with \[2, 4, 6\]"),
+        ({"branch_count": 10_000}, "fewer than --branch-count 10000"),
+        ({"batch_size": 3}, r"--batch-size 3 does not divide over data x fsdp = 1 x 2"),
+        ({"mesh": (1, 3, 1)}, "does not fit 2 devices"),
+        ({"mesh": (1, 1)}, "has 2 sizes"),
+    ],
+)
+@pytest.mark.usefixtures("two_devices")
+def test_bad_input_is_named_and_nothing_is_written(inputs, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain(pretrain_flags(inputs, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("two_devices")
+def test_another_run_in_the_output_directory_is_left_alone(inputs, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds files of something else"):
+        pretrain(pretrain_flags(inputs, tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.usefixtures("two_devices")
+def test_contexts_that_do_not_fit(inputs, tmp_path):
+    flags = FinetuneFlags(model_name=inputs["base"], dataset_name=inputs["squad"], output_dir=str(tmp_path / "out"),
+                          random_init=True, max_length=9, mesh=(1, 2, 1), batch_size=2)  # fmt: skip
+    with pytest.raises(ValueError, match=r"no context of .* fits --max-length 9: the shortest needs"):
+        finetune(flags)
+    assert not (tmp_path / "out").exists()
