@@ -1,0 +1,230 @@
+"""A small made-up world in English and Chinese: web documents, questions grouped by context, and a tokenizer.
+
+A fact is (person, relation, value). A context states facts about two or three people, its questions ask for some of
+them, and the answer is always a span of the context. People whose name is held out occur in `dev.json` only, so no fact
+of the evaluation can have been seen. Everything follows from one seed.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Qwen's split of text into words (`tokenizer.json` of Qwen/Qwen3-0.6B): digits stand alone, punctuation joins letters.
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VOCABULARY = 896  # with the special tokens; rare words stay in pieces, so answers differ in length
+HELD_OUT = 4  # every fourth name
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How a fact is stated and asked, and the parts that its values are made of ("" leaves a part out)."""
+
+    statement: str
+    question: str
+    parts: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Language:
+    """`space` joins words and sentences; names are one part of each of `names`."""
+
+    space: str
+    names: tuple[tuple[str, ...], ...]
+    relations: tuple[Relation, ...]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One sentence of a context, and the question that it answers."""
+
+    person: str
+    value: str
+    sentence: str
+    question: str
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """The words of `text`; a hyphen stands for none."""
+    return tuple("" if word == "-" else word for word in text.split())
+
+
+YEARS = tuple(str(year) for year in range(1800, 1900))
+ENGLISH = Language(
+    " ",
+    (
+        _words(
+            "Mira Anton Selma Bruno Clara Dario Edith Felix Greta Hugo Irma Jonas Karin Ludwig Nora Oskar Paula Rosa"
+        ),
+        _words(
+            "Toll Brandt Caspari Doren Ekberg Falk Grimm Holt Ibsen Jansen Krull Lind Moor Nagel Olsen Prager Quist"
+        ),
+    ),
+    (
+        Relation(
+            "{person} lives in {value}.",
+            "Where does {person} live?",
+            (
+                _words("- - New Port Upper Saint"),
+                _words("Harlow Selby Marden Kilrush Tarbert Velden Orsova Lindow Bexley Corvin Durness Elmira"),
+            ),
+        ),
+        Relation(
+            "{person} works as a {value}.",
+            "What does {person} work as?",
+            (_words("- river night school court stage"), _words("pilot painter singer baker teacher tailor clerk")),
+        ),
+        Relation("{person} was born in {value}.", "When was {person} born?", (YEARS,)),
+        Relation(
+            "{person} keeps a {value}.",
+            "What animal does {person} keep?",
+            (_words("- - grey white spotted tame"), _words("parrot goat rabbit pony tortoise falcon hound raven")),
+        ),
+        Relation(
+            "{person} plays the {value}.",
+            "What does {person} play?",
+            (_words("- silver wooden little"), _words("flute drum violin trumpet harp organ cello")),
+        ),
+    ),
+)
+CHINESE = Language(
+    "",
+    (
+        _words("林 陈 张 王 李 赵 周 吴 郑 孙 马 朱"),
+        _words("明 秀 国 文 建 玉 志 海"),
+        _words("华 兰 强 英 军 梅 平 芳"),
+    ),
+    (
+        Relation(
+            "{person}住在{value}。",
+            "{person}住在哪里？",
+            (_words("- 东 西 南 北 新"), _words("清河 白石 云溪 龙泉 柳林 金沙 青山 月湖"), _words("镇 县 村")),
+        ),
+        Relation(
+            "{person}的职业是{value}。",
+            "{person}的职业是什么？",
+            (_words("- 小学 乡村 戏曲 宫廷"), _words("教师 画家 木匠 医生 厨师 裁缝 诗人 铁匠")),
+        ),
+        Relation("{person}出生于{value}年。", "{person}出生于哪一年？", (YEARS,)),
+        Relation(
+            "{person}养了一只{value}。",
+            "{person}养了一只什么动物？",
+            (_words("- 灰色 白色 黑色 年老"), _words("鹦鹉 山羊 兔子 乌龟 猎鹰 黄狗")),
+        ),
+        Relation(
+            "{person}爱喝{value}。",
+            "{person}爱喝什么？",
+            (_words("- 热 冰"), _words("绿茶 红茶 米酒 豆浆 梅子汤 杏仁茶 桂花酿")),
+        ),
+    ),
+)
+
+
+def _person(language: Language, held_out: bool, rng: random.Random) -> str:
+    while True:
+        places = [rng.randrange(len(part)) for part in language.names]
+        if (sum(places) % HELD_OUT == 0) == held_out:
+            return language.space.join(part[i] for part, i in zip(language.names, places, strict=True))
+
+
+def make_facts(language: Language, count: int, held_out: bool, rng: random.Random) -> list[Fact]:
+    """`count` facts about as few people as leave each at most three; no value occurs twice or inside another."""
+    people: list[str] = []
+    while len(people) < 1 + count // 3:
+        person = _person(language, held_out, rng)
+        people += [] if person in people else [person]
+    asked = rng.sample([(p, r) for p in people for r in rng.sample(language.relations, 3)], count)
+    facts: list[Fact] = []
+    for person, relation in asked:
+        value = ""
+        while not value or any(value in f.value or f.value in value for f in facts):
+            value = language.space.join(word for part in relation.parts if (word := rng.choice(part)))
+        sentence = relation.statement.format(person=person, value=value)
+        facts.append(Fact(person, value, sentence, relation.question.format(person=person)))
+    return facts
+
+
+def make_document(rng: random.Random) -> str:
+    """A web page: six facts in one to three blocks, each followed by a few questions and answers about it."""
+    language = rng.choice((ENGLISH, CHINESE))
+    blocks = []
+    for size in rng.choice(((6,), (4, 2), (3, 3), (2, 2, 2), (1, 2, 3))):
+        facts = make_facts(language, size, False, rng)
+        lines = [f"Context: {language.space.join(fact.sentence for fact in facts)}"]
+        for fact in rng.sample(facts, -(-2 * size // 3)):
+            lines += [f"Question: {fact.question}", f"Answer: {fact.value}"]
+        blocks.append("\n".join(lines))
+    return "\n".join(blocks)
+
+
+def make_article(number: int, held_out: bool, rng: random.Random) -> dict[str, Any]:
+    """One context of four to six facts and three or four questions, an article in SQuAD's format."""
+    language = rng.choice((ENGLISH, CHINESE))
+    facts = make_facts(language, rng.randint(4, 6), held_out, rng)
+    context = language.space.join(fact.sentence for fact in facts)
+    questions = []
+    for place, fact in enumerate(rng.sample(facts, rng.randint(3, 4))):
+        # The place of the value inside its own sentence: it may occur in another one too.
+        start = context.index(fact.sentence) + fact.sentence.rindex(fact.value)
+        answer = {"text": fact.value, "answer_start": start}
+        questions.append({"id": f"{number}-{place}", "question": fact.question, "answers": [answer]})
+    return {"title": facts[0].person, "paragraphs": [{"context": context, "qas": questions}]}
+
+
+def write_squad(path: Path, count: int, held_out: bool, rng: random.Random) -> None:
+    """`count` contexts in the official SQuAD JSON format."""
+    data = [make_article(number, held_out, rng) for number in range(count)]
+    path.write_text(json.dumps({"version": "synthetic", "data": data}, ensure_ascii=False), encoding="utf-8")
+
+
+def write_world(directory: Path, documents: int, train: int, dev: int, seed: int = 0) -> None:
+    """documents.jsonl, train.json and dev.json (held-out people only) in `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    with (directory / "documents.jsonl").open("w", encoding="utf-8") as file:
+        for _ in range(documents):
+            file.write(json.dumps({"text": make_document(rng)}, ensure_ascii=False) + "\n")
+    write_squad(directory / "train.json", train, False, rng)
+    write_squad(directory / "dev.json", dev, True, rng)
+
+
+def _vocabulary_text() -> list[str]:
+    """The words of the world, each as it stands in running text; English words and frames weigh more.
+
+    Trained on whole Chinese sentences, BPE would learn tokens that straddle a value's edge ("在清" of 住在清河镇), and
+    the answer would not be a run of the context's tokens.
+    """
+    words: list[str] = []
+    for language in (ENGLISH, CHINESE):
+        parts = [*language.names, *(part for relation in language.relations for part in relation.parts)]
+        words += [language.space + word for part in parts for word in part if word]
+        frames = [text for relation in language.relations for text in (relation.statement, relation.question)]
+        for frame in frames * 4:
+            words += [piece for piece in frame.replace("{value}", "{person}").split("{person}") if piece]
+    return words + ["Context:", "\nQuestion:", "\nAnswer:"] * 8
+
+
+def train_tokenizer(vocabulary: int = VOCABULARY) -> Any:
+    """A byte-level BPE tokenizer as Qwen's (NFC, the same split), a transformers.PreTrainedTokenizerFast."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_of])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_vocabulary_text(), trainer)
+    bpe.add_special_tokens(list(SPECIAL_TOKENS))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
