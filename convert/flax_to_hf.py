@@ -87,10 +87,10 @@ def main() -> None:
         source = find_model(flags.base_model or read_adapter_config(adapter).get("base_model_name_or_path") or "")
     elif flags.base_model is not None:
         raise ValueError(f"--base-model belongs to an adapter, and {checkpoint} has no {ADAPTER_CONFIG}; leave it out")
-    config = load_config(source, adapter=adapter)
     hf = read_config_json(source)
-    if adapter is not None and SECTION in read_adapter_config(adapter):
-        hf = config.to_hf(hf)
+    columnar = SECTION in hf or (adapter is not None and SECTION in read_adapter_config(adapter))
+    config = load_config(source, pair_indices=None if columnar else (), adapter=adapter)
+    hf = config.to_hf(hf) if columnar else hf
     adapters, lora = ({}, None) if adapter is None else load_adapter(adapter, config)
     params = load_params(source, config, None)
     for name, part in adapters.items():  # one kind at a time: two models would not fit where one does

@@ -26,13 +26,14 @@ def main() -> None:
     from rich.progress import Progress
 
     from pd_jax.checkpoint import check_new, find_model, load_config, load_params, save_params, staging, write_metadata
-    from pd_jax.config import read_config_json
+    from pd_jax.config import SECTION, read_config_json
     from pd_jax.weights import key_table
 
     output = Path(flags.output)
     check_new(output)
     source = find_model(flags.model)
-    config = load_config(source)
+    hf = read_config_json(source)
+    config = load_config(source, pair_indices=None if SECTION in hf else ())
     with staging(output) as stage:
         with Progress() as bar:
             task = bar.add_task("", total=len(key_table(config)))
@@ -44,7 +45,7 @@ def main() -> None:
             )
         save_params(stage, params)
         # A plain Qwen3 stays plain: which pairs turn with the branch is chosen when it is trained.
-        write_metadata(stage, read_config_json(source), source, params["embed"].dtype)
+        write_metadata(stage, hf, source, params["embed"].dtype)
     print(f"{source} -> {output}")
 
 

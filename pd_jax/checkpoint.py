@@ -129,7 +129,8 @@ def load_params(
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: here, param_shapes(config), is_leaf=_is_shape)
-    if config.sibling_bias and not load_config(directory).sibling_bias:
+    stored = read_config_json(directory).get(SECTION, {})
+    if config.sibling_bias and not stored.get("sibling_bias", False):
         layers = dict(shardings["layers"])
         own = layers.pop("sibling_bias")
         plain = dataclasses.replace(config, sibling_bias=False)
@@ -167,7 +168,7 @@ def _load_orbax(path: Path, config: ModelConfig, dtype: Any, shardings: Any) -> 
     try:
         stored = ocp.metadata(str(path)).metadata
     except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {_root_cause(error)}") from None
+        raise ValueError(f"{path} is not a readable checkpoint: {root_cause(error)}") from None
     have = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(stored)}
     want = {
         jax.tree_util.keystr(k): v
@@ -190,10 +191,10 @@ def _load_orbax(path: Path, config: ModelConfig, dtype: Any, shardings: Any) -> 
         with _context(target):
             return ocp.load(str(path), target)
     except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {_root_cause(error)}") from None
+        raise ValueError(f"{path} is not a readable checkpoint: {root_cause(error)}") from None
 
 
-def _root_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """Orbax wraps every failure in a page about handlers; the reason is at the bottom of the chain."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # ty: ignore[invalid-assignment]
