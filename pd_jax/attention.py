@@ -1,19 +1,52 @@
-"""Column attention: one entry, `make_attention`, over backends that all equal `dense`."""
+"""Column attention: one entry, `make_attention`, over backends that all equal `dense`.
 
+dense     the reference: an explicit mask, float32 softmax
+chunked   linear memory on any platform (`pd_jax.chunked`)
+splash    TPU: jax's splash kernel, the mask computed inside it (`pd_jax.splash`)
+tokamax   Hopper and Blackwell: tokamax's Mosaic kernel (`pd_jax.gpu`; needs the package tokamax)
+cudnn     other NVIDIA GPUs: cuDNN's flash attention (`pd_jax.gpu`)
+"""
+
+import functools
+import logging
 import math
-from typing import Protocol
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
-from pd_jax.columns import Coordinates, Visibility, column_mask, sibling_mask
+from pd_jax import chunked, gpu, splash
+from pd_jax.columns import Coordinates, Visibility, check_visibility, column_mask, sibling_mask
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "dense", "chunked", "splash", "tokamax", "cudnn")
+FLASH = {"splash": splash.splash_attention, "tokamax": gpu.tokamax_attention, "cudnn": gpu.cudnn_attention}
+CPU_TILE, TILE = 128, 512  # tokens of a tile of `chunked`; on a CPU its float32 scores should stay in the cache
 
 
 class Attention(Protocol):
     def __call__(self, q: Array, k: Array, v: Array, sibling_bias: Array | None = None) -> Array:
         """q [B, T, N, H], k and v [B, S, K, H], sibling_bias [N] or None -> [B, T, N, H] in q's dtype."""
         ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """What decides whether a backend can serve; all of it is known before anything compiles."""
+
+    platform: str  # "cpu", "gpu" or "tpu"
+    device_kind: str
+    visibility: str
+    tokens: int
+    head_dim: int
+    dtype: Any
+    sibling_bias: bool
 
 
 def dense_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | None = None) -> Array:
@@ -32,13 +65,120 @@ def dense_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | Non
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, h)
 
 
-def make_attention(coordinates: Coordinates, visibility: Visibility = "columns") -> Attention:
-    """Self-attention over laid-out rows with `coordinates` [B, T]; the mask is computed once for all layers."""
-    mask = column_mask(coordinates, coordinates, visibility)
-    siblings = sibling_mask(coordinates, coordinates)
+def target() -> tuple[str, str]:
+    """Platform and kind of the device that is compiled for: that of `jax.set_mesh`, else the default device.
+
+    An ahead-of-time compile has a mesh of devices that this machine need not have.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    platform = device.platform or jax.default_backend()
+    return "gpu" if platform == "cuda" else platform, device.device_kind
+
+
+def refusal(backend: str, call: Call) -> str | None:
+    """Why `backend` cannot serve `call`; None when it can."""
+    if backend in ("dense", "chunked"):
+        return None
+    platform = "tpu" if backend == "splash" else "gpu"
+    if call.platform != platform:
+        return f"it needs a {platform.upper()}, this is {call.platform}"
+    if call.sibling_bias:
+        return "it cannot add sibling_bias"
+    if backend == "splash":
+        if call.visibility != "columns":
+            return f"it knows visibility 'columns' only, not {call.visibility!r}"
+        if call.tokens % splash.LANES or call.tokens > splash.MAX_TOKENS:
+            return f"{call.tokens} tokens are not a multiple of {splash.LANES} up to {splash.MAX_TOKENS}"
+        return None
+    if call.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it needs bfloat16 or float16, not {jnp.dtype(call.dtype).name}"
+    if backend == "cudnn":
+        if call.head_dim % 8 or call.head_dim > 128:
+            return f"head_dim {call.head_dim} is not a multiple of 8 up to 128"
+        return f"{call.tokens} tokens are not an even number" if call.tokens % 2 else None
+    if not re.search(r"\bG?[HB]\d", call.device_kind):
+        return f"it needs a Hopper or Blackwell data centre GPU, this is {call.device_kind}"
+    if find_spec("tokamax") is None:
+        return "the package tokamax is not installed"
+    return f"{call.tokens} tokens are not a multiple of 128" if call.tokens % 128 else None
+
+
+@functools.cache
+def _announce(backend: str, refusals: tuple[str, ...], call: Call) -> None:
+    """Say once which backend `auto` took; on an accelerator its own kernels should not have refused."""
+    level = logging.INFO if call.platform == "cpu" or backend in FLASH else logging.WARNING
+    why = f" ({'; '.join(refusals)})" if refusals else ""
+    log.log(level, "attention: %s for %d tokens on %s%s", backend, call.tokens, call.platform, why)
+
+
+def _choose(backend: str, call: Call, fallback: str) -> str:
+    """The backend that serves `call`. Raises `ValueError` when the one asked for cannot."""
+    if backend != "auto":
+        reason = refusal(backend, call)
+        if reason is not None:
+            raise ValueError(f"attention backend {backend!r} cannot run here: {reason}; use 'auto' or 'chunked'")
+        return backend
+    refusals = {name: refusal(name, call) for name in candidates(call.platform)}
+    chosen = next((name for name, reason in refusals.items() if reason is None), fallback)
+    _announce(chosen, tuple(f"{name}: {reason}" for name, reason in refusals.items() if reason is not None), call)
+    return chosen
+
+
+def candidates(platform: str) -> tuple[str, ...]:
+    """The kernels of a platform, the best first."""
+    return {"tpu": ("splash",), "gpu": ("tokamax", "cudnn")}.get(platform, ())
+
+
+def _per_device(attend, q: Array, k: Array, v: Array, mask: Any) -> Array:
+    """A kernel over the mesh of `jax.set_mesh`: rows over its batch axes, heads over `tensor`. Kernels cannot be
+    partitioned by the compiler."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return attend(q, k, v, mask)
+    rows = P(tuple(axis for axis in mesh.axis_names if axis != "tensor"))
+    heads = P(*rows, None, "tensor" if "tensor" in mesh.axis_names else None)
+    sharded = jax.shard_map(attend, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    return sharded(q, k, v, mask)
+
+
+def make_attention(coordinates: Coordinates, visibility: Visibility = "columns", backend: str = "auto") -> Attention:
+    """Self-attention over laid-out rows with `coordinates` [B, T]; the mask is computed once for all layers.
+
+    `auto` takes the platform's kernel where it can serve, else `chunked`, or `dense` for a row of one tile. Raises
+    `ValueError` for an unknown backend, and when called for one that cannot run. `dense` and `chunked` take tokens in
+    any order; the kernels need the column-major order of `pd_jax.layout` and give NaN without it.
+    """
+    check_visibility(visibility)
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    platform, device_kind = target()
+    tile = CPU_TILE if platform == "cpu" else TILE
+    tokens = coordinates.column.shape[-1]
+    fallback = "dense" if tokens <= tile else "chunked"
+    # The masks of all backends that a call may take are made here, outside the scan over the layers; under jit those
+    # not taken are dropped.
+    names = (*candidates(platform), fallback) if backend == "auto" else (backend,)
+    masks: dict[str, Any] = {}
+    if "dense" in names:
+        masks["dense"] = column_mask(coordinates, coordinates, visibility)
+        siblings = sibling_mask(coordinates, coordinates)
+    if "chunked" in names:
+        masks["chunked"] = chunked.make_mask(coordinates, tile)
+    if "splash" in names and tokens % splash.LANES == 0:
+        masks["splash"] = splash.make_mask(coordinates)
+    if "tokamax" in names or "cudnn" in names:
+        masks["tokamax"] = masks["cudnn"] = gpu.make_mask(coordinates, visibility)
 
     def attend(q: Array, k: Array, v: Array, sibling_bias: Array | None = None) -> Array:
-        bias = None if sibling_bias is None else sibling_bias[:, None, None] * siblings[:, None]
-        return dense_attention(q, k, v, mask, bias)
+        call = Call(platform, device_kind, visibility, tokens, q.shape[-1], q.dtype, sibling_bias is not None)
+        chosen = _choose(backend, call, fallback)
+        if chosen == "dense":
+            bias = (
+                None if sibling_bias is None else jnp.where(siblings[:, None], sibling_bias[None, :, None, None], 0.0)
+            )
+            return dense_attention(q, k, v, masks["dense"], bias)
+        if chosen == "chunked":
+            return chunked.chunked_attention(q, k, v, masks["chunked"], visibility, sibling_bias)
+        return _per_device(FLASH[chosen], q, k, v, masks[chosen])
 
     return attend

@@ -84,6 +84,28 @@ def sibling_mask(query: Coordinates, key: Coordinates) -> Array:
     return (other != 0) & (other != query.branch[..., :, None])
 
 
+def prefix_ends(coordinates: Coordinates) -> tuple[Array, Array]:
+    """Visibility "columns" as ranges: query i sees the keys [0, ends_i) of its own sample, and itself.
+
+    ends int32 [..., T] (0 for PAD), and bool [...]: whether the row's tokens stand in column-major order, samples one
+    after the other, as `pd_jax.layout` lays them out. Without that order there is no such range.
+    """
+    valid = coordinates.valid
+    index = jnp.broadcast_to(jnp.arange(valid.shape[-1], dtype=jnp.int32), valid.shape)
+    last = jax.lax.cummax(jnp.where(valid, index, -1), axis=valid.ndim - 1)
+    before = jnp.concatenate([jnp.full_like(last[..., :1], -1), last[..., :-1]], axis=-1)  # the valid token before
+
+    def step(array: Array) -> Array:
+        return array - jnp.take_along_axis(array, jnp.maximum(before, 0), axis=-1)
+
+    first = before < 0
+    sample, column = step(coordinates.segment), step(coordinates.column)
+    ordered = ~valid | first | (sample > 0) | ((sample == 0) & (column >= 0))
+    new_column = valid & (first | (sample != 0) | (column != 0))
+    ends = jax.lax.cummax(jnp.where(new_column, index, 0), axis=valid.ndim - 1)
+    return jnp.where(valid, ends, 0), jnp.all(ordered, axis=-1)
+
+
 def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Qwen3's inv_freq, float32 [head_dim/2] (radians a column), and the factor on cos and sin (1 without YaRN).
 
