@@ -31,13 +31,13 @@ def flag(
     help: str,
     *,
     group: str = "options",
-    choices: Sequence[str] | None = None,
     minimum: float | None = None,
 ) -> Any:
-    """A dataclass field that is a command-line flag. `minimum` bounds a number from below, inclusively."""
-    return dataclasses.field(
-        default=default, metadata={"help": help, "group": group, "choices": choices, "minimum": minimum}
-    )
+    """A dataclass field that is a command-line flag. `minimum` bounds a number from below, inclusively.
+
+    Its annotation is int, float, str, bool or a Literal of strings, or a tuple of one, or any of them `| None`.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "minimum": minimum})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,13 +46,22 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def _kind(annotation: Any) -> tuple[type, bool]:
-    """(the scalar type, whether it is a list) of a field's annotation; `X | None` counts as X."""
-    if isinstance(annotation, types.UnionType):
+class _Kind(typing.NamedTuple):
+    """A field's annotation, taken apart; `X | None` counts as X."""
+
+    scalar: type
+    many: bool
+    choices: tuple[str, ...] | None
+
+
+def _kind(annotation: Any) -> _Kind:
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
-    if typing.get_origin(annotation) is tuple:
-        return typing.get_args(annotation)[0], True
-    return annotation, False
+    many = typing.get_origin(annotation) is tuple
+    annotation = typing.get_args(annotation)[0] if many else annotation
+    if typing.get_origin(annotation) is typing.Literal:
+        return _Kind(str, many, typing.get_args(annotation))
+    return _Kind(annotation, many, None)
 
 
 def _option(name: str) -> str:
@@ -96,7 +105,8 @@ def _read_yaml(path: str, fields: dict[str, dataclasses.Field], hints: dict[str,
         name = str(key).replace("-", "_")
         if name not in fields:
             raise ValueError(f"--config {path}: unknown key {key!r}{_suggest(name, list(fields))}")
-        values[name] = _coerce(value, *_kind(hints[name]), name=f"--config {path}: {key}")
+        kind = _kind(hints[name])
+        values[name] = _coerce(value, kind.scalar, kind.many, name=f"--config {path}: {key}")
     return values
 
 
@@ -111,7 +121,7 @@ def parse(flags: type[T], argv: Sequence[str] | None = None, description: str | 
     groups: dict[str, Any] = {"options": parser}
     parser.add_argument("--config", metavar="FILE.yaml", help="a file of defaults; flags given by hand win")
     for name, field in fields.items():
-        kind, many = _kind(hints[name])
+        kind, many, choices = _kind(hints[name])
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
@@ -121,9 +131,9 @@ def parse(flags: type[T], argv: Sequence[str] | None = None, description: str | 
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= {"type": kind, "choices": field.metadata["choices"]}
+            options |= {"type": kind, "choices": choices}
             options |= {"nargs": "*"} if many else {}
-            if field.metadata["choices"] is None:
+            if choices is None:
                 options["metavar"] = {int: "N", float: "X"}.get(kind, name.strip("_").split("_")[-1].upper())
         groups[title].add_argument(_option(name), dest=name, **options)
     given, unknown = parser.parse_known_args(argv)
@@ -136,19 +146,24 @@ def parse(flags: type[T], argv: Sequence[str] | None = None, description: str | 
         values = _read_yaml(path, fields, hints) | values
     for name, value in values.items():
         values[name] = tuple(value) if isinstance(value, list) else value
-        choices, minimum = fields[name].metadata["choices"], fields[name].metadata["minimum"]
-        if choices is not None and value not in choices:
-            raise ValueError(f"{_option(name)} {value!r} is not one of {', '.join(choices)}")
+        choices, minimum = _kind(hints[name]).choices, fields[name].metadata["minimum"]
+        wrong = [v for v in (value if isinstance(value, tuple | list) else [value]) if choices and v not in choices]
+        if wrong and choices and value is not None:
+            raise ValueError(f"--{name.replace('_', '-')} {wrong[0]!r} is not one of {', '.join(choices)}")
         if minimum is not None and value is not None and not value >= minimum:
             raise ValueError(f"{_option(name)} {value} is below {minimum}, the least that makes sense")
     return flags(**values)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script. A `ValueError` of ours becomes one line on stderr and exit code 2; others keep their traceback."""
+    """Run a script. A `ValueError` of ours becomes one line on stderr and exit code 2, a `FloatingPointError` (training
+    that has diverged) one line and exit code 1; other errors keep their traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of ours tokenise already
     try:
         main()
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except ValueError as error:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:

@@ -1,6 +1,7 @@
 """The flags of the scripts. Defaults of the reference experiment keep their names and values."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pd_jax.cli import flag
 
@@ -10,8 +11,9 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass(frozen=True)
 class TrainFlags:
-    """What pretraining and finetuning share."""
+    """What pretraining and finetuning share; each has its own default for the first two."""
 
+    output_dir: str = flag("./trained", "where the model and the run's state go", group=RUN)
     model_name: str = flag("Qwen/Qwen3-4B", "model directory, pd_jax checkpoint or hub id to start from", group=MODEL)
     random_init: bool = flag(False, "start from random weights; config.json and tokenizer are enough", group=MODEL)
     pair_indices: tuple[int, ...] | None = flag(
@@ -20,15 +22,12 @@ class TrainFlags:
         group=MODEL,
     )
     sibling_bias: bool = flag(False, "add a learned bias per layer and head towards sibling branches", group=MODEL)
-    visibility: str = flag(
-        "columns", "which siblings a branch sees", group=MODEL, choices=("columns", "isolated", "prompts")
-    )
-    align: str = flag("left", "how prompts share columns", group=MODEL, choices=("left", "right", "ragged"))
-    dtype: str = flag(
+    visibility: Literal["columns", "isolated", "prompts"] = flag("columns", "which siblings a branch sees", group=MODEL)
+    align: Literal["left", "right", "ragged"] = flag("left", "how prompts share columns", group=MODEL)
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto",
         "compute dtype; auto is float32 on CPU and bfloat16 elsewhere; trained weights stay float32",
         group=MODEL,
-        choices=("auto", "float32", "bfloat16"),
     )
     attention: str = flag("auto", "attention backend", group=MODEL)
     local_files_only: bool = flag(False, "never ask the hub", group=MODEL)
@@ -39,11 +38,8 @@ class TrainFlags:
     warmup_ratio: float = flag(0.03, "share of the steps for linear warm-up before the cosine", group=OPTIM, minimum=0)
     weight_decay: float = flag(0.01, "decoupled weight decay; norms and biases have none", group=OPTIM, minimum=0)
     max_grad_norm: float = flag(1.0, "global gradient norm is clipped to this", group=OPTIM, minimum=0)
-    remat: str = flag(
-        "none",
-        "what the backward pass recomputes: nothing, all but matrix products, or every layer",
-        group=OPTIM,
-        choices=("none", "dots", "full"),
+    remat: Literal["none", "dots", "full"] = flag(
+        "none", "what the backward pass recomputes: nothing, all but matrix products, or every layer", group=OPTIM
     )
 
     use_lora: bool = flag(False, "train low-rank adapters only", group=LORA)
@@ -58,6 +54,12 @@ class TrainFlags:
     logging_steps: int = flag(10, "optimiser steps between log lines", group=RUN, minimum=1)
     save_steps: int = flag(500, "optimiser steps between checkpoints", group=RUN, minimum=1)
     eval_steps: int = flag(500, "optimiser steps between validation losses", group=RUN, minimum=1)
+    keep: int = flag(2, "newest checkpoints kept, beside the best", group=RUN, minimum=1)
+    workers: int = flag(0, "processes that prepare batches; 0 uses threads", group=RUN, minimum=0)
+    profile: str | None = flag(None, "FIRST:LAST steps to write a profiler trace of", group=RUN)
+    coordinator_address: str | None = flag(None, "HOST:PORT of process 0, for several processes", group=RUN)
+    num_processes: int | None = flag(None, "how many processes there are", group=RUN, minimum=1)
+    process_id: int | None = flag(None, "which one this is, from 0", group=RUN, minimum=0)
 
 
 @dataclass(frozen=True)
@@ -117,19 +119,15 @@ class EvaluateFlags:
     )
     against: str | None = flag(None, "row that differences are taken against; the first row if not given", group=RUN)
     pair_indices: tuple[int, ...] | None = flag(None, "RoPE pairs of our rows if none are stored", group=MODEL)
-    align: str = flag(
-        "left", "alignment of the rows prompts and columns", group=MODEL, choices=("left", "right", "ragged")
-    )
-    dtype: str = flag("float32", "weights and activations of every row", group=MODEL, choices=("float32", "bfloat16"))
+    align: Literal["left", "right", "ragged"] = flag("left", "alignment of the rows prompts and columns", group=MODEL)
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "weights and activations of every row", group=MODEL)
     local_files_only: bool = flag(False, "never ask the hub", group=MODEL)
     dataset_name: str = flag("rajpurkar/squad", "hub id or file in SQuAD's format", group=DATA)
     dataset_split: str = flag("validation", "split of a hub data set", group=DATA)
     max_branches: int = flag(3, "at most this many questions a context, beside the background", group=DATA, minimum=1)
     min_questions: int = flag(2, "contexts with fewer questions are left out", group=DATA, minimum=1)
     max_eval_samples: int = flag(64, "contexts", group=DATA, minimum=1)
-    metric: str = flag(
-        "squad", "squad: words, English; cmrc: characters, Chinese", group=DATA, choices=("squad", "cmrc")
-    )
+    metric: Literal["squad", "cmrc"] = flag("squad", "squad: words, English; cmrc: characters, Chinese", group=DATA)
     max_new_tokens: int = flag(32, "tokens an answer, at most", group=RUN, minimum=1)
     batch_size: int = flag(
         1, "contexts answered at once (one question at a time where rows are serial)", group=RUN, minimum=1

@@ -2,6 +2,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -15,7 +16,7 @@ class Flags:
     use_lora: bool = flag(False, "train adapters only")
     pair_indices: tuple[int, ...] | None = flag(None, "1-based frequency indices")
     names: tuple[str, ...] = flag(("q", "v"), "module names")
-    mode: str = flag("left", "alignment", choices=("left", "right"))
+    mode: Literal["left", "right"] = flag("left", "alignment")
 
 
 def write(tmp_path: Path, text: str) -> str:

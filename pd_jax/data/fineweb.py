@@ -1,5 +1,6 @@
 """Web documents cut into segments: FineWeb from the hub (streamed or not), or local files with a `text` column."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,6 @@ def segments(documents: Documents, tokenizer: Any, seq_length: int, end: int) ->
     return documents.map(cut, desc="tokenising", **options)
 
 
-def branch_sample(rows: list[dict[str, Any]]) -> TokenSample:
+def branch_sample(rows: Sequence[dict[str, Any]]) -> TokenSample:
     """Segments as the branches of one sample without a background."""
     return TokenSample((), [Branch((), r["ids"], None if r["end"] < 0 else int(r["end"])) for r in rows])

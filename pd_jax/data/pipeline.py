@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import grain
 import numpy as np
+from absl import flags
 
 from pd_jax.data.fineweb import Documents, branch_sample
 from pd_jax.layout import Align, Layout, Objective, TokenSample, build_layout, pack
@@ -53,12 +54,26 @@ class _StreamIterator(grain.DatasetIterator):
         self._rows = None
 
 
-def _elastic(rows: grain.MapDataset, rows_per_step: int) -> grain.DatasetIterator:
-    return iter(grain.experimental.ElasticIterator(rows, rows_per_step, grain.sharding.ShardByJaxProcess()))
+def _elastic(rows: grain.MapDataset, rows_per_step: int, workers: int) -> grain.DatasetIterator:
+    """Batches of this process's share of `rows`, prepared by threads or by `workers` processes."""
+    options = None
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which we do not use
+        options = grain.MultiprocessingOptions(num_workers=workers)
+    share = grain.sharding.ShardByJaxProcess()
+    return iter(grain.experimental.ElasticIterator(rows, rows_per_step, share, multiprocessing_options=options))
 
 
 def pretrain_batches(
-    segments: Documents, branch_count: int, seq_length: int, rows_per_step: int, seed: int, align: Align, pad_id: int
+    segments: Documents,
+    branch_count: int,
+    seq_length: int,
+    rows_per_step: int,
+    seed: int,
+    align: Align,
+    pad_id: int,
+    workers: int = 0,
 ) -> grain.DatasetIterator:
     """Endless batches of `rows_per_step` rows (over all processes), each of `branch_count` segments.
 
@@ -66,7 +81,7 @@ def pretrain_batches(
     """
     length = branch_count * seq_length
 
-    def row(group: list[dict[str, Any]]) -> Row:
+    def row(group: Sequence[dict[str, Any]]) -> Row:
         return _lay_out([branch_sample(group)], length, align, "all", pad_id)
 
     if isinstance(segments, datasets.IterableDataset):
@@ -81,8 +96,9 @@ def pretrain_batches(
             f"the documents give {len(segments)} segments, fewer than --branch-count {branch_count}; use more "
             "documents, a smaller --seq-length or fewer branches"
         )
-    rows = grain.MapDataset.source(segments).shuffle(seed).batch(branch_count, drop_remainder=True, batch_fn=row)
-    return _elastic(rows.repeat(), rows_per_step)
+    source: Any = segments  # indexed by row, as grain wants it
+    rows = grain.MapDataset.source(source).shuffle(seed).batch(branch_count, drop_remainder=True, batch_fn=row)
+    return _elastic(rows.repeat(), rows_per_step, workers)
 
 
 def finetune_rows(sizes: Sequence[int], length: int, epochs: int, seed: int) -> list[list[int]]:
@@ -95,7 +111,13 @@ def finetune_rows(sizes: Sequence[int], length: int, epochs: int, seed: int) -> 
 
 
 def finetune_batches(
-    samples: Sequence[TokenSample], rows: list[list[int]], length: int, rows_per_step: int, align: Align, pad_id: int
+    samples: Sequence[TokenSample],
+    rows: list[list[int]],
+    length: int,
+    rows_per_step: int,
+    align: Align,
+    pad_id: int,
+    workers: int = 0,
 ) -> grain.DatasetIterator:
     """`rows` (lists of indices into `samples`) in order; the last batch is filled up with rows of PAD."""
     full = rows + [[]] * (-len(rows) % rows_per_step)
@@ -103,4 +125,4 @@ def finetune_batches(
     def row(group: list[int]) -> Row:
         return _lay_out([samples[i] for i in group], length, align, "answers", pad_id)
 
-    return _elastic(grain.MapDataset.source(full).map(row), rows_per_step)
+    return _elastic(grain.MapDataset.source(full).map(row), rows_per_step, workers)

@@ -1,0 +1,180 @@
+"""What a person watches while a run goes on: log lines, a progress bar, metrics.jsonl, TensorBoard files, a trace."""
+
+import datetime
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from pd_jax.config import LoraConfig, ModelConfig
+from pd_jax.model import Params, layer_shapes
+
+console = Console(soft_wrap=True, highlight=False)
+
+# Dense bfloat16 matrix products of one device, FLOP/s, from the vendors' data sheets; the longest matching name counts.
+PEAKS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def say(text: str) -> None:
+    """One line for the person, from process 0 only."""
+    if jax.process_index() == 0:
+        console.print(text)
+
+
+def peak_flops() -> tuple[float, str]:
+    """FLOP/s of one device and where the figure is from: its data sheet, or where none is known a matrix product timed
+    here and now in float32."""
+    kind = jax.local_devices()[0].device_kind
+    known = max((name for name in PEAKS if name in kind), key=len, default=None)
+    if known is not None:
+        return PEAKS[known], f"{known} data sheet"
+    size = 1024
+    product = jax.jit(jnp.dot)
+    x = jnp.full((size, size), 1.0)
+    product(x, x).block_until_ready()
+    best = math.inf
+    for _ in range(3):
+        began = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best, f"a {size} x {size} product timed on {kind}"
+
+
+def flops_per_token(config: ModelConfig, lora: LoraConfig | None, length: int) -> float:
+    """FLOPs of a training step per token of a row of `length` tokens.
+
+    2 per matrix weight forward, 2 for the gradient of the activations, 2 for that of the weight (not of a frozen one);
+    attention as if causal over the row, which the column mask nearly is.
+    """
+    shapes = layer_shapes(config)
+    weights = config.vocab_size * config.hidden_size
+    weights += config.num_hidden_layers * sum(math.prod(s) for s in shapes.values() if len(s) > 1)
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+    return (6 if lora is None else 4) * weights + 6 * attention
+
+
+class Monitor:
+    """Takes the metrics of every step; logs every `every`-th, the last and those with a validation loss.
+
+    metrics.jsonl has one object a logged step. A resumed run continues it: lines behind the step that it resumes from
+    are dropped first, so that no step is repeated and none is lost. Process 0 writes.
+    """
+
+    def __init__(
+        self, output: Path, first: int, steps: int, every: int, schedule: Callable[[Any], Any], step_flops: float
+    ) -> None:
+        self.steps, self.every, self.schedule = steps, every, schedule
+        self.path, self.step_flops = output / "metrics.jsonl", step_flops
+        self.peak, origin = peak_flops()
+        self.peak *= jax.device_count()
+        self.mine = jax.process_index() == 0
+        if self.mine:
+            say(f"MFU is a share of {self.peak / 1e12:,.2f} TFLOP/s: {jax.device_count()} x {origin}")
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+            # A line that a kill cut short has no closing brace.
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
+            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            self.file = self.path.open("a", encoding="utf-8")
+            self.events = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1)
+        self.since, self.seen, self.tokens, self.used = time.monotonic(), first, 0.0, 0.0
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console, disable=not (self.mine and console.is_terminal))
+        self.task = self.bar.add_task("training", total=steps, completed=first)
+
+    def __enter__(self) -> "Monitor":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.stop()
+        if self.mine:
+            self.file.close()
+            self.events.close()
+
+    def __call__(self, step: int, metrics: Params, validation: float | None = None) -> None:
+        """The metrics of `step`, still on the device; reading them waits for that step. Raises `FloatingPointError`
+        for a loss that is not finite."""
+        loss = float(metrics["loss"])
+        self.bar.update(self.task, completed=step)
+        self.tokens += float(metrics["tokens"])
+        self.used += float(metrics["used"])
+        if not math.isfinite(loss) or not math.isfinite(float(metrics["grad_norm"])):
+            raise FloatingPointError(f"the loss of step {step} is {loss}, its gradient {float(metrics['grad_norm'])}")
+        if step % self.every and step != self.steps and validation is None:
+            return
+        now = time.monotonic()
+        seconds, steps = now - self.since, step - self.seen
+        record = {
+            "step": step,
+            "loss": loss,
+            "learning_rate": float(self.schedule(step - 1)),
+            "grad_norm": float(metrics["grad_norm"]),
+            "tokens_per_second": self.tokens / seconds,
+            "mfu": self.step_flops * self.used / seconds / self.peak,
+            "token_utilisation": self.used / steps,
+            "seconds_per_step": seconds / steps,
+        }
+        record |= {} if validation is None else {"validation_loss": validation}
+        self.since, self.seen, self.tokens, self.used = now, step, 0.0, 0.0
+        if not self.mine:
+            return
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        for name, value in record.items():
+            if name != "step":
+                self.events.add_scalar(name, value, step)
+        left = datetime.timedelta(seconds=round((self.steps - step) * record["seconds_per_step"]))
+        say(
+            f"step {step}/{self.steps}  loss {loss:.4f}  "
+            + (f"validation {validation:.4f}  " if validation is not None else "")
+            + f"lr {record['learning_rate']:.2e}  grad {record['grad_norm']:.2f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.1%}  "
+            f"used {record['token_utilisation']:.0%}  left {left}"
+        )
+
+
+class Trace:
+    """Writes a profiler trace of steps FIRST..LAST (`--profile FIRST:LAST`) for TensorBoard or Perfetto."""
+
+    def __init__(self, wanted: str | None, directory: Path) -> None:
+        self.directory, self.on = directory, False
+        self.first, self.last = (0, 0) if wanted is None else self.parse(wanted)
+
+    @staticmethod
+    def parse(wanted: str) -> tuple[int, int]:
+        first, colon, last = wanted.partition(":")
+        if not (colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+            raise ValueError(f"--profile {wanted}: give the first and the last step, as 10:12")
+        return int(first), int(last)
+
+    def before(self, step: int) -> None:
+        if step == self.first:
+            jax.profiler.start_trace(str(self.directory))
+            self.on = True
+
+    def after(self, step: int, result: Any) -> None:
+        if self.on and step >= self.last:
+            jax.block_until_ready(result)
+            jax.profiler.stop_trace()
+            self.on = False
+            say(f"the trace of steps {self.first} to {step} is in {self.directory}")

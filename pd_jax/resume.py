@@ -1,0 +1,176 @@
+"""Surviving: run.json, training checkpoints (orbax), signals, and several processes."""
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from pd_jax.checkpoint import root_cause
+from pd_jax.flags import TrainFlags
+from pd_jax.model import Params
+from pd_jax.monitor import say
+
+# Flags that may differ when a run is resumed: they do not change what is learned.
+FREE_ON_RESUME = {
+    "logging_steps", "save_steps", "eval_steps", "keep", "mesh", "attention", "local_files_only", "output_dir",
+    "profile", "workers", "coordinator_address", "num_processes", "process_id",
+}  # fmt: skip
+
+
+def start_processes(flags: TrainFlags) -> None:
+    """Join the other processes, if there are any: as the flags say, or as found out on a TPU pod or under SLURM.
+
+    Must come before anything else of jax. Raises `ValueError` when only some of the three flags are given.
+    """
+    given = (flags.coordinator_address, flags.num_processes, flags.process_id)
+    if any(value is not None for value in given):
+        if None in given:
+            raise ValueError(
+                f"--coordinator-address {given[0]} --num-processes {given[1]} --process-id {given[2]}: give all three"
+            )
+        if not jax.distributed.is_initialized():
+            jax.distributed.initialize(*given)
+        return
+    slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))) > 1
+    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if (slurm or pod) and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
+
+
+# ---------------------------------------------------------------- the output directory
+
+
+def check_output(flags: TrainFlags) -> bool:
+    """True when this run is new or to be continued, False when it has finished. Writes nothing.
+
+    Raises `ValueError` for a directory that holds something else, or a run with other flags.
+    """
+    output = Path(flags.output_dir)
+    path = output / "run.json"
+    if not path.is_file():
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ValueError(f"--output-dir {output} holds files of something else; choose an empty or a new directory")
+        return True
+    run = json.loads(path.read_text(encoding="utf-8"))
+    ours = json.loads(json.dumps(dataclasses.asdict(flags)))
+    changed = [
+        f"--{name.replace('_', '-')} {ours.get(name)} (was {run['flags'].get(name)})"
+        for name in sorted(set(ours) | set(run["flags"]))
+        if name not in FREE_ON_RESUME and ours.get(name) != run["flags"].get(name)
+    ]
+    if changed:
+        raise ValueError(f"--output-dir {output} holds a run with other flags: {', '.join(changed)}; use another one")
+    return not run["finished"]
+
+
+def write_run(flags: TrainFlags, finished: bool) -> None:
+    """The resolved flags, and whether the run is over."""
+    output = Path(flags.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        stage = output / ".run.json"
+        stage.write_text(json.dumps({"flags": dataclasses.asdict(flags), "finished": finished}, indent=2) + "\n")
+        stage.replace(output / "run.json")
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+class Checkpoints:
+    """Training states under `directory`: written in the background, whole or not at all; the newest `keep` and the one
+    with the lowest loss stay. Used as a context: leaving it waits for the save in flight, which is lost otherwise."""
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        policies = ocp.training.preservation_policies
+        # BestN keeps the end of the sorted list: descending, the end is the lowest loss.
+        best = policies.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1)
+        self.directory = directory
+        kept: Any = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+        self.orbax = ocp.training.Checkpointer(
+            str(directory.absolute()),
+            preservation_policy=kept,
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        try:
+            self.orbax.close()
+        except Exception as error:
+            say(f"warning: the last checkpoint could not be saved ({root_cause(error)})")
+
+    def save(self, step: int, state: Params, data: Any, loss: float) -> None:
+        """Start to save `state` and the JSON position `data`. A failed earlier save is reported and does not end the
+        run: the checkpoint before it is still there."""
+        try:
+            self.orbax.save_checkpointables_async(
+                step, {"state": state}, metrics={"loss": loss}, custom_metadata={"data": data}, force=True
+            )
+        except Exception as error:
+            say(f"warning: checkpoint {step} could not be saved ({root_cause(error)}); the run goes on")
+
+    def wait(self) -> None:
+        self.orbax.wait()
+
+    def newest(self, target: Params) -> tuple[Params, Any, int] | None:
+        """(state, data, step) of the newest checkpoint that can be read into `target`; damaged ones are passed over."""
+        for checkpoint in reversed(self.orbax.checkpoints):
+            try:
+                state = self.orbax.load_checkpointables(checkpoint.step, {"state": target})["state"]
+                metadata: Any = self.orbax.checkpointables_metadata(checkpoint.step).custom_metadata
+                return state, metadata["data"], int(checkpoint.step)
+            except Exception as error:
+                say(f"warning: checkpoint {checkpoint.step} is unreadable ({root_cause(error)}); trying the one before")
+        return None
+
+    def steps(self) -> list[int]:
+        return [int(checkpoint.step) for checkpoint in self.orbax.checkpoints]
+
+
+# ---------------------------------------------------------------- signals
+
+
+class StopSignal:
+    """Whether SIGTERM or SIGINT has asked the run to stop; a second signal stops at once.
+
+    With several processes jax agrees on the step at which all of them stop (its own handler takes the SIGTERM).
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.name:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def hit(self, step: int) -> bool:
+        if jax.process_count() == 1:
+            return self.name is not None
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.name = "SIGTERM"
+        return self.name is not None
+
+
+@contextmanager
+def stop_signal() -> Iterator[StopSignal]:
+    stop = StopSignal()
+    numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
