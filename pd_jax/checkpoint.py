@@ -174,6 +174,8 @@ def _load_orbax(path: Path, config: ModelConfig, dtype: Any, shardings: Any) -> 
         jax.tree_util.keystr(k): v
         for k, v in jax.tree_util.tree_leaves_with_path(param_shapes(config), is_leaf=_is_shape)
     }
+    if not have:
+        raise ValueError(f"{path} is not a readable checkpoint: it holds no arrays; is it damaged?")
     errors = [f"{name} is missing" for name in want if name not in have]
     errors += [f"{name} is unknown" for name in have if name not in want]
     errors += [
