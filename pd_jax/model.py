@@ -159,15 +159,16 @@ def forward(
     adapters: Params | None = None,
     lora: LoraConfig | None = None,
     dropout_key: Array | None = None,
+    backend: str = "auto",
 ) -> Array:
     """Hidden states [B, T, D] in `dtype`, after the last norm, of laid-out rows `tokens` [B, T].
 
     `remat` says what the backward pass recomputes; `constrain` pins the hidden states [B, T, D] to a mesh.
     `adapters` is a LoRA tree beside `params` (`pd_jax.lora`), `lora` its settings; without `dropout_key` there is no
-    dropout.
+    dropout. `backend` is one of `attention.BACKENDS`.
     """
     rope = rope_tables(config, coordinates.branch, coordinates.column)
-    attend = make_attention(coordinates, visibility)
+    attend = make_attention(coordinates, visibility, backend)
 
     dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_hidden_layers)
 
