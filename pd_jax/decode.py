@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -143,7 +144,7 @@ def _prompt(
     s, n = bucket(len(samples)), bucket(max(len(sample.branches) for sample in samples))
     rows: list[list[TokenSample]] = [[] for _ in range(s)]
     given: dict[tuple[int, int], Sequence[int]] = {}
-    stream = np.zeros((s, n, 4), np.uint32)
+    stream = np.zeros((s, n), np.uint32)
     asked: Counter[tuple[int, ...]] = Counter()
     for r, sample in enumerate(samples):
         shortest = min(len(branch.prompt) for branch in sample.branches) if cut else None
@@ -151,8 +152,9 @@ def _prompt(
         if cut:
             given |= {(r, b): branch.prompt[shortest:] for b, branch in enumerate(sample.branches)}
         background, *prompts = texts = tuple(map(_crc, (sample.background, *(b.prompt for b in sample.branches))))
-        stream[r, : len(prompts)] = [(background, prompt, b, asked[texts]) for b, prompt in enumerate(prompts)]
-        asked[texts] += 1  # the same sample twice in a call has two streams
+        # Nothing of the siblings, the batch or its order; but the same sample twice in a call has two streams.
+        stream[r, : len(prompts)] = [_crc((background, own, b, asked[texts])) for b, own in enumerate(prompts)]
+        asked[texts] += 1
     layout = build_layout(rows, bucket(max(len(row[0]) for row in rows if row), SMALLEST_ROW), align)
     last, first, wait, limit = (np.zeros((s, n), np.int32) for _ in range(4))
     for r, row in enumerate(rows[: len(samples)]):
@@ -169,7 +171,13 @@ def _prompt(
 
 
 def _crc(ids: Sequence[int]) -> int:
-    return zlib.crc32(np.asarray(ids, np.int32).tobytes())
+    return zlib.crc32(np.asarray(ids, np.uint32).tobytes())
+
+
+def _free_bytes(device: jax.Device) -> float:
+    """Infinity where the device does not tell, as a CPU."""
+    memory = device.memory_stats() or {}
+    return memory.get("bytes_limit", math.inf) - memory.get("bytes_in_use", 0)
 
 
 class ParallelDecoder:
@@ -307,8 +315,7 @@ class ParallelDecoder:
             )
         (s, t), n = prompt.tokens.shape, prompt.last.shape[1]
         needed = cache_bytes(self.config, s, t, n, bucket(int(prompt.limit.max()), BLOCK), self.dtype)
-        memory = next(iter(self._weights["embed"].devices())).memory_stats() or {}  # None on a CPU
-        free = memory.get("bytes_limit", math.inf) - memory.get("bytes_in_use", 0)
+        free = _free_bytes(next(iter(self._weights["embed"].devices())))
         if needed > free:
             raise ValueError(
                 f"the cache takes {needed / 2**30:.1f} GiB, the device has {free / 2**30:.1f} GiB left; pass fewer "

@@ -41,7 +41,7 @@ class Prompt(NamedTuple):
 
     last: the place of the branch's last token in its row. first: the column after that. given int32 [S, n, W]: prompt
     tokens that are not in the row, because siblings answer in their columns; wait: how many. limit: of tokens, given
-    and answered, 0 where there is no branch. stream uint32 [S, n, 4]: what the branch's random numbers depend on.
+    and answered, 0 where there is no branch. stream uint32: beside the seed, what random numbers depend on.
     """
 
     tokens: Any
@@ -62,7 +62,8 @@ class State:
     cache: (k, v), each [S, K, C, H], of every layer; coordinates: of its slots, [S, C]; slot: the first free one, a
     scalar. count: columns chosen so far, a scalar. Per branch [S, n]: token, chosen last and not fed yet; live: there
     is such a token; done: no more will be chosen; first, given, wait and limit as in `Prompt`; key, of the random
-    numbers; seen bool [S, n, V], the branch's own tokens (None when nothing is penalised).
+    numbers (None when nothing is sampled); seen bool [S, n, V], the branch's own tokens (None when nothing is
+    penalised).
     """
 
     cache: list[tuple[Array, Array]]
@@ -76,7 +77,7 @@ class State:
     given: Array
     wait: Array
     limit: Array
-    key: Array
+    key: Array | None
     seen: Array | None
 
 
@@ -199,7 +200,7 @@ def feed(weights: Params, program: Program, state: State) -> tuple[State, Array]
 def choose(program: Program, controls: Controls, state: State, scores: Array) -> tuple[State, Array]:
     """The next token of every branch, from its logits [S, n, V]; and what was drawn, int32 [S, n], else -1."""
     scores = distribution(program.method, controls, scores, state.seen)
-    token = draw(program.method, scores, state.key, state.count - state.wait)
+    token = draw(scores, state.key, state.count - state.wait)
     ended = jnp.any(token[..., None] == controls.eos, axis=-1)
     silent = state.done
     if state.given.shape[-1]:
@@ -224,7 +225,7 @@ def choose(program: Program, controls: Controls, state: State, scores: Array) ->
 
 
 def start(weights: Params, program: Program, prompt: Prompt, seed: Array, room: int) -> tuple[State, Array]:
-    """Run the rows once, into a cache with room for `room` columns; the logits [S, n, V] at the branches' last tokens."""
+    """Run the rows once, into a cache with room for `room` columns; the logits [S, n, V] at their last tokens."""
     config = program.config
     (s, t), n = prompt.tokens.shape, prompt.last.shape[1]
     hidden, kept = encode(weights, program, prompt.tokens, prompt.coordinates)
@@ -240,11 +241,9 @@ def start(weights: Params, program: Program, prompt: Prompt, seed: Array, room: 
         place = jnp.arange(s)[:, None], jnp.maximum(where.branch - 1, 0), prompt.tokens
         seen = jnp.zeros((s, n, config.vocab_size), bool).at[place].max(own)
 
-    def stream(parts: Array) -> Array:
-        key = jax.random.key(seed)
-        for part in parts:
-            key = jax.random.fold_in(key, part)
-        return key
+    key = None
+    if program.method.do_sample:
+        key = jax.vmap(jax.vmap(partial(jax.random.fold_in, jax.random.key(seed))))(prompt.stream)
 
     state = State(
         cache=[(widen(k.swapaxes(1, 2), 2), widen(v.swapaxes(1, 2), 2)) for k, v in kept],
@@ -258,7 +257,7 @@ def start(weights: Params, program: Program, prompt: Prompt, seed: Array, room: 
         given=prompt.given,
         wait=prompt.wait,
         limit=prompt.limit,
-        key=jax.vmap(jax.vmap(stream))(prompt.stream),
+        key=key,
         seen=seen,
     )
     ends = jnp.take_along_axis(hidden, prompt.last[..., None], axis=1)  # [S, n, D]
@@ -274,11 +273,12 @@ def prefill(weights: Params, controls: Controls, prompt: Prompt, *, program: Pro
 
 @partial(jax.jit, static_argnames=("program",), donate_argnames=("state",))
 def decode_block(
-    weights: Params, controls: Controls, state: State, stopped: Array, until: Array, *, program: Program
+    weights: Params, controls: Controls, state: State, ended: Array, until: Array, *, program: Program
 ) -> tuple[State, Array]:
     """Columns until `until` of them are chosen or every branch is done: the state, and int32 [BLOCK, S, n].
 
-    `stopped` [S, n] are branches that have ended, for the host too. The state is donated and returned: the cache stays in place.
+    `ended` [S, n] are the branches for which the host wants no more. The state is donated and returned: the cache stays
+    in place.
     """
     before = state.count
 
@@ -293,7 +293,7 @@ def decode_block(
         return state, out.at[index].set(token)
 
     out = jnp.full((BLOCK, *state.token.shape), -1, jnp.int32)
-    return jax.lax.while_loop(going, column, (dataclasses.replace(state, done=state.done | stopped), out))
+    return jax.lax.while_loop(going, column, (dataclasses.replace(state, done=state.done | ended), out))
 
 
 @partial(jax.jit, static_argnames=("size", "axis"))

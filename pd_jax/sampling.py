@@ -123,9 +123,9 @@ def distribution(method: Method, controls: Controls, scores: Array, seen: Array 
     return jnp.where(scores >= least, scores, -jnp.inf)
 
 
-def draw(method: Method, scores: Array, key: Array, count: Array) -> Array:
+def draw(scores: Array, key: Array | None, count: Array) -> Array:
     """int32 [S, n] from a `distribution` [S, n, V]: the likeliest, or by the branch's key and count, both [S, n]."""
-    if not method.do_sample:
+    if key is None:
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
     def one(key: Array, count: Array, scores: Array) -> Array:

@@ -1,0 +1,150 @@
+"""Answer several questions about one text at once and show the columns as they arrive.
+
+    python scripts/demo.py --model-name ./parallel-decoder-squad
+    python scripts/demo.py --model-name ./adapter --base-model Qwen/Qwen3-4B --background "..." --questions "..." "..."
+"""  # fmt: skip
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pd_jax.cli import flag, parse, run
+
+if TYPE_CHECKING:
+    from pd_jax import ParallelDecoder, Sample, SamplingParams
+
+EXAMPLES = [
+    (
+        "The lighthouse of Arnholm was built in 1874 from grey granite. Its keeper, Ida Lund, lit the lamp every "
+        "evening for thirty-one years, and her log books are now in the museum of the town.",
+        ["When was the lighthouse built?", "Who lit the lamp?", "Where are the log books now?"],
+    ),
+    (
+        "青石桥建于一九二三年，全长八十六米，横跨清水河。设计这座桥的是工程师林文远，桥头的石狮由当地工匠雕刻。",
+        ["青石桥有多长？", "谁设计了这座桥？"],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Flags:
+    model_name: str = flag(
+        "./parallel-decoder-squad", "model directory, pd_jax checkpoint, LoRA adapter or hub id", group="model"
+    )
+    base_model: str | None = flag(None, "what a LoRA adapter belongs to, if not what it names itself", group="model")
+    visibility: Literal["columns", "isolated", "prompts"] = flag(
+        "columns", "which siblings a branch sees; as in training", group="model"
+    )
+    align: Literal["left", "right", "ragged"] = flag("left", "how prompts share columns; as in training", group="model")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
+        "auto", "auto: float32 on CPU, bfloat16 elsewhere", group="model"
+    )
+    local_files_only: bool = flag(False, "never ask the hub", group="model")
+    background: str | None = flag(None, "the text; without it two examples are answered", group="input")
+    questions: tuple[str, ...] = flag((), "questions about it, one argument each", group="input")
+    max_new_tokens: int = flag(32, "tokens of an answer at most", group="decoding", minimum=1)
+    do_sample: bool = flag(False, "draw tokens at random instead of the likeliest", group="decoding")
+    temperature: float = flag(1.0, "divides the logits when sampling", group="decoding")
+    repetition_penalty: float = flag(1.0, "above 1: what a branch has said gets less likely", group="decoding")
+    seed: int = flag(0, "of the random numbers", group="decoding", minimum=0)
+    show_linear: bool = flag(False, "print the prompts column by column, as the model reads them", group="output")
+
+
+def samples(flags: Flags) -> "list[Sample]":
+    from pd_jax.data.squad import Context, Question, to_sample
+
+    if flags.background is None and not flags.questions:
+        given = EXAMPLES
+    elif flags.background is None or not flags.questions:
+        raise ValueError("--background and --questions belong together; pass both, or neither for the examples")
+    else:
+        given = [(flags.background, list(flags.questions))]
+    if empty := [text for _, questions in given for text in questions if not text.strip()]:
+        raise ValueError(f"--questions has an empty one, {empty[0]!r}; leave it out")
+    return [to_sample(Context("", text, tuple(Question("", q, ()) for q in questions))) for text, questions in given]
+
+
+def load(flags: Flags) -> "ParallelDecoder":
+    import jax
+
+    from pd_jax import ParallelDecoder
+    from pd_jax.checkpoint import ADAPTER_CONFIG, find_model, read_adapter_config
+
+    name, adapter = flags.model_name, None
+    directory = find_model(name, flags.local_files_only)
+    if (directory / ADAPTER_CONFIG).is_file():
+        name, adapter = flags.base_model or read_adapter_config(directory)["base_model_name_or_path"], directory
+    elif flags.base_model is not None:
+        raise ValueError(f"--base-model {flags.base_model}: {name} is no LoRA adapter; leave --base-model out")
+    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return ParallelDecoder.from_pretrained(
+        name,
+        adapter,
+        dtype=default if flags.dtype == "auto" else flags.dtype,
+        visibility=flags.visibility,
+        align=flags.align,
+        local_files_only=flags.local_files_only,
+    )
+
+
+def linear(decoder: "ParallelDecoder", sample: "Sample") -> Iterator[str]:
+    """The prefilled tokens in the model's order, one column a line, each as branch:text; branch 0 is the background."""
+    layout = decoder.layout([sample])
+    columns: dict[int, list[str]] = {}
+    for token, branch, column in zip(layout.tokens[0], layout.branch[0], layout.column[0], strict=True):
+        columns.setdefault(int(column), []).append(f"{branch}:{decoder.tokenizer.decode([int(token)])!r}")
+    for column, tokens in columns.items():
+        yield f"column {column:4}  " + "  ".join(tokens)
+
+
+def answer(decoder: "ParallelDecoder", sample: "Sample", params: "SamplingParams", show_linear: bool) -> None:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    print(f"\n{sample.background.strip()}\n")
+    if show_linear:
+        print("\n".join(linear(decoder, sample)), end="\n\n")
+    answers = ["" for _ in sample.branches]
+
+    def table() -> Table:
+        grid = Table("branch", "prompt", "answer")
+        for b, (prompt, text) in enumerate(zip(sample.branches, answers, strict=True), start=1):
+            grid.add_row(str(b), Text(prompt), Text(text.strip()))
+        return grid
+
+    with Live(table(), console=console, auto_refresh=False) if console.is_terminal else console as live:
+        for event in decoder.stream(sample, params=params):
+            answers = [text + new for text, new in zip(answers, event.texts, strict=True)]
+            if isinstance(live, Live):
+                live.update(table(), refresh=True)
+            else:
+                print(f"column {event.column:3}  " + "  ".join(f"{b}:{new!r}" for b, new in enumerate(event.texts, 1)))
+    if not console.is_terminal:
+        print()
+    for prompt, text in zip(sample.branches, answers, strict=True):
+        print(f"{prompt}{text}\n")
+
+
+def main() -> None:
+    flags = parse(Flags, description=__doc__)
+    from pd_jax import SamplingParams  # after parsing: --help does not wait
+
+    # What can be wrong with the flags is found before the model is read.
+    asked = samples(flags)
+    params = SamplingParams(
+        max_new_tokens=flags.max_new_tokens,
+        do_sample=flags.do_sample,
+        temperature=flags.temperature,
+        repetition_penalty=flags.repetition_penalty,
+        seed=flags.seed,
+    )
+    decoder = load(flags)
+    for sample in asked:
+        answer(decoder, sample, params, flags.show_linear)
+
+
+if __name__ == "__main__":
+    run(main)
