@@ -221,6 +221,7 @@ def make_step(
             flags.visibility,
             dtype,
             remat=flags.remat,
+            backend=flags.attention,
             constrain=lambda x: jax.lax.with_sharding_constraint(x, SPECS.act_btd),
             adapters=adapters,
             lora=lora,

@@ -1,0 +1,20 @@
+from pathlib import Path
+
+import pytest
+
+from pd_jax.cli import parse
+from pd_jax.flags import EvaluateFlags, FinetuneFlags, PretrainFlags
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_read_and_names_its_command(path):
+    stage = path.stem.split("-")[0]
+    flags = {"pretrain": PretrainFlags, "finetune": FinetuneFlags, "evaluate": EvaluateFlags}[stage]
+    assert parse(flags, ["--config", str(path)]) != flags()
+    assert f"python scripts/{stage}.py --config configs/{path.name}" in path.read_text()
+
+
+def test_there_is_one_for_every_stage():
+    assert {path.stem.split("-")[0] for path in CONFIGS} == {"pretrain", "finetune", "evaluate"}
