@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 Rows = dict[str, dict[str, Any]]
+
+FOOTNOTE = (
+    "In brackets: 95 % intervals, paired bootstrap by context. Cost is that of a context with all its questions; on a "
+    "CPU the peak is that of the whole process."
+)
 
 
 def _number(value: float | None, form: str = ".1f") -> str:
@@ -164,7 +170,7 @@ def write_report(results: dict[str, Any], path: Path) -> None:
     parts = [_html_table(*table) for table in _tables(results)]
     pictures = [f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">' for png in _plots(results)]
     notes = [f"<p>Note: {html.escape(note)}.</p>" for note in results["notes"]]
-    lines = [[name, str(value)] for name, value in facts.items()]
+    lines = [[name, json.dumps(value, ensure_ascii=False)] for name, value in facts.items()]
     path.write_text(
         "\n".join(
             [
@@ -172,7 +178,7 @@ def write_report(results: dict[str, Any], path: Path) -> None:
                 "<h1>Evaluation</h1>",
                 *notes,
                 *parts[:3],
-                "<p>In brackets: 95 % intervals from a bootstrap by context; differences are paired.</p>",
+                f"<p>{FOOTNOTE}</p>",
                 *pictures,
                 *parts[3:],
                 _html_table("How it was measured", ["what", "value"], lines),

@@ -27,9 +27,10 @@ Row = Callable[[Sequence[Context], int, int | None], Decoded]  # contexts, max_n
 
 
 def fingerprint(directory: Path) -> str:
-    """sha256 over the names and bytes of a model directory's files."""
+    """sha256 over the names and bytes of a model directory's settings, tokenizer and weights."""
     total = hashlib.sha256()
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+    files = [path for pattern in ("*.json", "*.safetensors", "params/**/*") for path in directory.glob(pattern)]
+    for path in sorted(path for path in files if path.is_file()):
         with path.open("rb") as file:
             total.update(f"{path.relative_to(directory)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()

@@ -104,7 +104,7 @@ def _get(value: Any, key: str, kind: type, where: str) -> Any:
         found = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise ValueError(f"{where} has no {key!r} (found: {found}); this is not SQuAD data; {ADVICE}")
     if not isinstance(value[key], kind):
-        raise ValueError(f"{where}.{key} is {type(value[key]).__name__}, expected {kind.__name__}; {ADVICE}")
+        raise ValueError(f"{where}: {key!r} is {type(value[key]).__name__}, not {kind.__name__}; {ADVICE}")
     return value[key]
 
 
@@ -114,9 +114,10 @@ def _group(rows: Iterable[Row]) -> list[Context]:
     questions: dict[str, list[Question]] = {}
     for where, row in rows:
         identity = str(row.get("id", where)) if isinstance(row, dict) else where
-        text = _get(row, "context", str, where).strip()
+        context = _get(row, "context", str, where).strip()
         question = _get(row, "question", str, where).strip()
-        answers = tuple(str(a).strip() for a in _get(_get(row, "answers", dict, where), "text", list, where))
+        texts = _get(_get(row, "answers", dict, where), "text", list, f"{where}.answers")
+        answers = tuple(str(text).strip() for text in texts)
         if not question:
             raise ValueError(f"{where}: question {identity!r} is empty; remove it from the data")
         if not answers or not all(answers):
@@ -124,8 +125,8 @@ def _group(rows: Iterable[Row]) -> list[Context]:
                 f"{where}: question {identity!r} has {'an empty answer' if answers else 'no answer'}; every question "
                 "needs answers (unanswerable questions, as in SQuAD 2.0, are not supported)"
             )
-        titles.setdefault(text, str(row.get("title", "")))
-        questions.setdefault(text, []).append(Question(identity, question, answers))
+        titles.setdefault(context, str(row.get("title", "")))
+        questions.setdefault(context, []).append(Question(identity, question, answers))
     return [Context(titles[text], text, tuple(asked)) for text, asked in questions.items()]
 
 
