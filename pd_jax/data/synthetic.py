@@ -7,7 +7,6 @@ of the evaluation can have been seen. Everything follows from one seed.
 
 import json
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,21 +175,26 @@ def make_article(number: int, held_out: bool, rng: random.Random) -> dict[str, A
     return {"title": facts[0].person, "paragraphs": [{"context": context, "qas": questions}]}
 
 
-def write_squad(path: Path, count: int, held_out: bool, rng: random.Random) -> None:
-    """`count` contexts in the official SQuAD JSON format."""
+def write_documents(path: Path, count: int, seed: int = 0) -> None:
+    """`count` web pages, one JSON object with a `text` a line; a longer file begins with the shorter one."""
+    rng = random.Random(f"documents {seed}")
+    lines = [json.dumps({"text": make_document(rng)}, ensure_ascii=False) + "\n" for _ in range(count)]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def write_squad(path: Path, count: int, held_out: bool, seed: int = 0) -> None:
+    """`count` contexts in the official SQuAD JSON format, about held-out people only or about all others."""
+    rng = random.Random(f"{'held out' if held_out else 'questions'} {seed}")
     data = [make_article(number, held_out, rng) for number in range(count)]
     path.write_text(json.dumps({"version": "synthetic", "data": data}, ensure_ascii=False), encoding="utf-8")
 
 
 def write_world(directory: Path, documents: int, train: int, dev: int, seed: int = 0) -> None:
-    """documents.jsonl, train.json and dev.json (held-out people only) in `directory`."""
+    """documents.jsonl, train.json and, last, dev.json (held-out people only) in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(seed)
-    with (directory / "documents.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(documents):
-            file.write(json.dumps({"text": make_document(rng)}, ensure_ascii=False) + "\n")
-    write_squad(directory / "train.json", train, False, rng)
-    write_squad(directory / "dev.json", dev, True, rng)
+    write_documents(directory / "documents.jsonl", documents, seed)
+    write_squad(directory / "train.json", train, False, seed)
+    write_squad(directory / "dev.json", dev, True, seed)
 
 
 def _vocabulary_text() -> list[str]:
