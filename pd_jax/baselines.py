@@ -1,7 +1,7 @@
 """The same questions answered by `transformers` in torch: what column decoding is compared with.
 
-Every method answers contexts greedily from the same prompt token ids, with the same end-of-sequence set and the same
-vocabulary (rows that the tokenizer does not have are never chosen) as `pd_jax.decode`. torch is imported when used.
+Every method decodes greedily, with the prompt token ids (one_prompt: the texts, numbered), the end-of-sequence set and
+the vocabulary of our rows (rows that the tokenizer does not have are never chosen). torch is imported when it is used.
 """
 
 from collections.abc import Sequence

@@ -40,7 +40,7 @@ def _compilations() -> list[str]:
 
     events: list[str] = []
 
-    def note(event: str, duration: float, **_: str | int) -> None:
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile"):
             events.append(event)
 
@@ -298,7 +298,7 @@ def _run(flags: EvaluateFlags, console: Console) -> dict[str, Any]:
     contexts = load_squad(flags.dataset_name, flags.dataset_split, flags.local_files_only)
     contexts = select(contexts, flags.max_branches, flags.min_questions, flags.max_eval_samples)
     for note in notes:
-        console.print(f"note: {note}", soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
     settings = _settings(flags, sources, contexts, eos_ids)
     paths = {name: Path(flags.output_dir) / f"predictions-{name}.jsonl" for name in names}
     for name in names:

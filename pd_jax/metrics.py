@@ -4,6 +4,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,12 @@ def leaks(context: Context, index: int, metric: str = "squad") -> bool:
     return any(gold in text for gold in golds if gold.strip() for text in texts)
 
 
+@lru_cache(maxsize=4)
+def _draws(n: int, seed: int) -> np.ndarray:
+    """How often each of `n` contexts is drawn, [RESAMPLES, n]: the same for every row, and for EM and F1."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+
+
 def estimate(scores: np.ndarray, context: np.ndarray, reference: int, seed: int) -> list[dict[str, Any]]:
     """Means in percent with 95 % intervals, and paired differences to row `reference`, from a bootstrap by context.
 
@@ -89,8 +96,7 @@ def estimate(scores: np.ndarray, context: np.ndarray, reference: int, seed: int)
     _, owner = np.unique(context, return_inverse=True)
     counts = np.bincount(owner)
     sums = np.stack([np.bincount(owner, weights=row) for row in scores])  # [rows, contexts]
-    n = len(counts)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    draws = _draws(len(counts), seed)
     means = 100 * (sums @ draws.T) / (counts @ draws.T)  # [rows, RESAMPLES]
     value = 100 * sums.sum(axis=1) / counts.sum()
 

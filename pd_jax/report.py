@@ -52,7 +52,6 @@ def _tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str
             for name, row in rows.items()
         ]
 
-    scale = 1 / 2**20
     cost = [
         [
             name,
@@ -60,7 +59,7 @@ def _tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str
             _number(c["seconds"], ".3f"),
             _number(c["tokens_per_second"]),
             _number(c["first_token_seconds"], ".3f"),
-            _number(c["peak_bytes"] and c["peak_bytes"] * scale, ".0f"),
+            _number(c["peak_bytes"] and c["peak_bytes"] / 2**20, ".0f"),
             _number(c["dead"], ".0%"),
         ]
         for name, c in ((name, row["cost"]) for name, row in rows.items())
@@ -99,9 +98,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
         for line in lines:
             table.add_row(*line)
         console.print(table)
-    console.print(
-        "In brackets: 95 % intervals, bootstrap by context. Seconds are for a context with all its questions."
-    )
+    console.print(FOOTNOTE, soft_wrap=True)
 
 
 def _plots(results: dict[str, Any]) -> list[bytes]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import runpy
+import shutil
 import sys
 import unicodedata
 from pathlib import Path
@@ -411,6 +412,16 @@ def test_transformers_rows_answer_as_ours_do(models, data, tmp_path, monkeypatch
     assert sum(r["prefill_tokens"] for r in rows["hf-one-prompt"]) < sum(r["prefill_tokens"] for r in sequential)
 
 
+def test_hf_rows_of_a_columnar_checkpoint_say_what_they_leave_out(models, data, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    columnar = shutil.copytree(models / "hf", tmp_path / "columnar")
+    config = json.loads((columnar / "config.json").read_text())
+    (columnar / "config.json").write_text(json.dumps(config | {"pd_jax": {"pair_indices": [2, 4, 6]}}))
+    arguments = ["--base-model", columnar, "--dataset-name", data, "--output-dir", tmp_path / "out"]
+    assert script(monkeypatch, *arguments, "--rows", "hf-batched", "--repeats", 0, "--max-new-tokens", 1) == 0
+    assert "was trained with RoPE pairs [2, 4, 6] on the branch axis" in capsys.readouterr().out
+
+
 def test_one_prompt_with_its_cache_equals_feeding_everything_again(models):
     torch = pytest.importorskip("torch")
     from pd_jax.baselines import Transformers
@@ -443,7 +454,7 @@ def test_without_torch_the_hf_rows_are_skipped(models, data, tmp_path, monkeypat
     assert "nothing to run" in capsys.readouterr().err
     arguments = [*common, "--ft-model", models / "flax", "--rows", "hf-batched", "isolated", "--max-new-tokens", 6]
     assert script(monkeypatch, *arguments, "--repeats", 0, "--batch-size", 3) == 0
-    assert "the hf rows are skipped: torch is not installed" in capsys.readouterr().out
+    assert "the hf rows are skipped: torch is not installed (pip install 'pd_jax[hf]')" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
