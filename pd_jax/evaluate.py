@@ -125,11 +125,11 @@ def run_row(
     records = read_predictions(path, settings)
     if len(records) < len(contexts):
         records = records[: len(records) // size * size]  # batches are answered whole
-    write_text(path, "".join(map(_line, [settings, *records])))
     advance(len(records))
     if len(records) == len(contexts):
         return records
     row = load()
+    write_text(path, "".join(map(_line, [settings, *records])))
     if repeats and name in HF_ROWS:
         row(contexts[:1], 2, 1)  # torch's warm-up; `measure` sees to ours
     with path.open("a", encoding="utf-8") as file:
@@ -235,10 +235,12 @@ def _describe(context: Context, metric: str) -> dict[str, Any]:
 
 def _prepare(flags: EvaluateFlags) -> tuple[list[str], list[str], dict[str, Any], Any, tuple[int, ...]]:
     """Row names, notes, the source of every row, and the tokenizer and end-of-sequence set that they share."""
-    from pd_jax.checkpoint import load_eos_ids, load_tokenizer
+    from pd_jax.checkpoint import load_config, load_eos_ids, load_tokenizer
 
     names, notes = choose_rows(flags)
     sources = find_sources(names, flags)
+    for name in names:
+        load_config(sources[name].model, None if name in HF_ROWS else flags.pair_indices)  # refuse what we cannot read
     tokenizers = {source.model: load_tokenizer(source.model) for source in sources.values()}
     first, tokenizer = next(iter(tokenizers.items()))
     for directory, other in tokenizers.items():
@@ -303,7 +305,6 @@ def _run(flags: EvaluateFlags, console: Console) -> dict[str, Any]:
     paths = {name: Path(flags.output_dir) / f"predictions-{name}.jsonl" for name in names}
     for name in names:
         read_predictions(paths[name], settings[name])  # refuse before anything is run
-    Path(flags.output_dir).mkdir(parents=True, exist_ok=True)
     load, rows = loader(flags, tokenizer, eos_ids), {}
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
         for name in names:

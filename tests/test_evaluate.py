@@ -467,6 +467,11 @@ def test_without_torch_the_hf_rows_are_skipped(models, data, tmp_path, monkeypat
         (["--ft-model", "{flax}", "--ft-base-model", "{hf}"], "is no adapter"),
         (["--ft-model", "{adapter}"], "is a LoRA adapter; pass the model it belongs to as --ft-base-model"),
         (["--ft-model", "{nowhere}"], "nowhere is not a directory"),
+        (
+            ["--ft-model", "{flax}", "--pair-indices", "2"],
+            "pair_indices [2] was asked for, but the weights were trained",
+        ),
+        (["--ft-model", "{empty}"], "has no weights, neither params/ nor model*.safetensors"),
         (["--ft-model", "{flax}", "--dataset-name", "nothing.json"], "nothing.json does not exist"),
         (["--ft-model", "{flax}", "--min-questions", "9", "--max-branches", "9"], "no context has 9 questions"),
         (["--ft-model", "{flax}", "--max-new-tokens", "0"], "--max-new-tokens 0 is below 1"),
@@ -475,7 +480,8 @@ def test_without_torch_the_hf_rows_are_skipped(models, data, tmp_path, monkeypat
 def test_bad_input(models, data, tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    places = {"flax": models / "flax", "hf": models / "hf"} | {k: tmp_path / k for k in ("adapter", "nowhere")}
+    shutil.copytree(models / "flax", tmp_path / "empty", ignore=shutil.ignore_patterns("params"))
+    places = {"flax": models / "flax", "hf": models / "hf"} | {k: tmp_path / k for k in ("adapter", "nowhere", "empty")}
     given = ["--dataset-name", str(data), *(a.format(**places) for a in arguments)]
     assert script(monkeypatch, *given, "--output-dir", tmp_path / "out") == 2
     error = capsys.readouterr().err
