@@ -123,16 +123,15 @@ def block(
     x: Array,
     rope: tuple[Array, Array],
     attend: Attention,
-    adapter: Params | None = None,
-    lora: LoraConfig | None = None,
-    dropout_key: Array | None = None,
+    linear: Callable[..., Array] | None = None,
 ) -> Array:
-    """One decoder layer: x [B, T, D] -> [B, T, D]. `attend` is self-attention, or attention over a cache.
+    """One decoder layer: x [B, T, D] -> [B, T, D].
 
-    `adapter` holds one layer's LoRA, `{"q": {"a": [D, R], "b": [R, N, H]}, ...}`, scaled as `lora` says.
+    `attend` is self-attention, or attention over a cache. `linear(x, name=...)` applies a projection of the layer, by
+    default `project`; training adds adapters, decoding keeps the kernels in another order.
     """
     norm = partial(rms_norm, eps=config.rms_norm_eps)
-    linear = partial(project, layer=layer, adapter=adapter, lora=lora, dropout_key=dropout_key)
+    linear = partial(project, layer=layer) if linear is None else linear
     h = norm(x, layer["attn_norm"])
     q = rotate(norm(linear(h, name="q"), layer["q_norm"]), *rope)  # [B, T, N, H]
     k = rotate(norm(linear(h, name="k"), layer["k_norm"]), *rope)  # [B, T, K, H]
@@ -174,7 +173,8 @@ def forward(
 
     def layer_step(x: Array, xs: tuple[Params, Params | None, Array | None]) -> tuple[Array, None]:
         layer, adapter, key = xs
-        return constrain(block(config, layer, x, rope, attend, adapter, lora, key)), None
+        linear = partial(project, layer=layer, adapter=adapter, lora=lora, dropout_key=key)
+        return constrain(block(config, layer, x, rope, attend, linear)), None
 
     body = layer_step
     if remat != "none":
