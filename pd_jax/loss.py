@@ -21,12 +21,12 @@ def weighted_nll(hidden: Array, head: Array, targets: Array, weights: Array, chu
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, d)
     targets = jnp.pad(targets, (0, padding)).reshape(-1, chunk)
     weights = jnp.pad(weights, (0, padding)).reshape(-1, chunk)
-    head = head.astype(hidden.dtype)
 
     @jax.checkpoint
     def body(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
         x, target, weight = part
-        logits = jnp.einsum("td,vd->tv", x, head, preferred_element_type=jnp.float32)
+        # The cast is inside the scan, so that the head's gradient is summed over the chunks in the head's own dtype.
+        logits = jnp.einsum("td,vd->tv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
         chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
         return total + jnp.sum(weight * (jax.nn.logsumexp(logits, axis=-1) - chosen)), None
 
