@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pd_jax.cli import flag, parse, run
 
@@ -11,10 +12,8 @@ from pd_jax.cli import flag, parse, run
 class Flags:
     model: str | None = flag(None, "Hugging Face directory or hub id of a Qwen3; required")
     output: str | None = flag(None, "directory to write, which must not exist yet; required")
-    dtype: str = flag(
-        "stored",
-        "dtype of the converted weights; stored keeps every tensor bit for bit",
-        choices=("stored", "float32", "bfloat16"),
+    dtype: Literal["stored", "float32", "bfloat16"] = flag(
+        "stored", "dtype of the converted weights; stored keeps every tensor bit for bit"
     )
 
 
