@@ -31,18 +31,17 @@ class Tiles:
     last: Array
 
 
-def make_tiles(coordinates: Coordinates, block: int) -> Tiles:
-    """Cut rows of coordinates [B, T] into equal tiles of about `block` tokens, padded with PAD."""
+def make_tiles(coordinates: Coordinates, block: int) -> Coordinates:
+    """Rows of coordinates [B, T] cut into equal tiles of about `block` tokens, [I, B, M], padded with PAD."""
     b, tokens = coordinates.column.shape
     count = -(-tokens // block)
     size = -(-tokens // (8 * count)) * 8  # a multiple of 8 (one vector), so that 300 tokens are not padded to 512
-    fill = Coordinates(branch=0, column=0, segment=-1, valid=False, prompt=False)
     padding = ((0, 0), (0, count * size - tokens))
 
-    def cut(array: Array, value) -> Array:
-        return jnp.pad(array, padding, constant_values=value).reshape(b, count, size).swapaxes(0, 1)
+    def cut(array: Array) -> Array:  # padded with zeros, and so with tokens that are not valid
+        return jnp.pad(array, padding).reshape(b, count, size).swapaxes(0, 1)
 
-    return jax.tree.map(cut, coordinates, fill)
+    return jax.tree.map(cut, coordinates)
 
 
 def visible_tiles(tiles: Coordinates) -> Array:
@@ -105,7 +104,7 @@ def _scores(visibility: Visibility, tiles: Tiles, i: Array, j: Array, q: Array, 
     return scores, mask, siblings
 
 
-def _forward(visibility, tiles, q, k, v, bias):
+def _forward(visibility: Visibility, tiles: Tiles, q: Array, k: Array, v: Array, bias: Array | None):
     def query_tile(_, item):
         i, q_i = item
 
@@ -129,7 +128,7 @@ def _forward(visibility, tiles, q, k, v, bias):
     return out, (tiles, q, k, v, bias, out, lse)
 
 
-def _backward(visibility, saved, d_out):
+def _backward(visibility: Visibility, saved: tuple, d_out: Array):
     tiles, q, k, v, bias, out, lse = saved
     scale = 1 / math.sqrt(q.shape[-1])
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)

@@ -30,7 +30,7 @@ def cudnn_attention(q: Array, k: Array, v: Array, mask: tuple[Array, Array]) -> 
 
 def tokamax_attention(q: Array, k: Array, v: Array, mask: tuple[Array, Array]) -> Array:
     """As `cudnn_attention`, by tokamax's Mosaic kernel (sm90 and sm100)."""
-    import tokamax
+    import tokamax  # ty: ignore[import-not-found] -- optional
 
     q = _poison(q, mask[1])
     return tokamax.dot_product_attention(q, k, v, mask=mask[0], is_causal=True, implementation="mosaic")

@@ -89,7 +89,7 @@ def splash_attention(q: Array, k: Array, v: Array, mask: SplashMask, interpret: 
             mask_next=None,
             block_mask=blocks.astype(jnp.int32)[None],
             partial_mask_blocks=None,
-            q_sequence=queries,
+            q_sequence=queries,  # ty: ignore[invalid-argument-type] -- says numpy, takes traced arrays
         )
 
     def row(q: Array, k: Array, v: Array, mask: SplashMask) -> Array:
@@ -109,6 +109,7 @@ def splash_attention(q: Array, k: Array, v: Array, mask: SplashMask, interpret: 
         )
         scaled = (q.astype(jnp.float32) * (mask.scale / math.sqrt(q.shape[-1]))).astype(q.dtype)
         heads_first = (x.swapaxes(0, 1) for x in (scaled, k, v))
-        return kernel(*heads_first, segment_ids=kernels.SegmentIds(mask.segment, mask.segment)).swapaxes(0, 1)
+        out = kernel(*heads_first, segment_ids=kernels.SegmentIds(mask.segment, mask.segment))
+        return jnp.swapaxes(out, 0, 1)  # ty: ignore[invalid-argument-type] -- a tuple only with save_residuals
 
     return jax.vmap(row)(q, k, v, mask)

@@ -77,7 +77,7 @@ def import_torch() -> Any:
 # --- attention
 @dataclass(frozen=True)
 class AttentionFlags:
-    tokens: tuple[int, ...] = flag((1024, 4096), "row lengths to time", minimum=1)
+    tokens: tuple[int, ...] = flag((1024, 4096), "row lengths to time")
     branches: int = flag(16, "branches of a row, one token of each in every column", minimum=1)
     batch: int = flag(1, "rows", minimum=1)
     heads: int = flag(8, "query heads", minimum=1)
@@ -230,7 +230,7 @@ def training(repeat: int) -> None:
         reference.zero_grad()
         nll = torch.nn.functional.cross_entropy(reference(**inputs).logits.flatten(0, 1).float(), labels)
         nll.backward()
-        return float(nll)
+        return nll.item()
 
     ours = float(jax.jit(partial(loss, "auto"))(params, tokens, targets))
     print(f"\nloss: {ours:.6f} here, {torch_step():.6f} in torch")
