@@ -129,6 +129,15 @@ class ModelConfig:
             sibling_bias=ours.get("sibling_bias", False),
         )
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has."""
+        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
+        layer = self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size + 2) + 2 * self.head_dim
+        tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        bias = self.num_attention_heads if self.sibling_bias else 0
+        return tables + self.num_hidden_layers * (layer + bias) + self.hidden_size
+
     def section(self) -> dict[str, Any]:
         """The column settings as they are stored under the key `pd_jax` of config.json."""
         return {

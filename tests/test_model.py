@@ -1,0 +1,113 @@
+"""What the model must not do, whatever its weights: look ahead, look sideways, depend on the order of branches."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from test_columns import SMALL
+
+from pd_jax.columns import VISIBILITIES, Coordinates, column_mask
+from pd_jax.layout import Branch, TokenSample, build_layout
+from pd_jax.model import Qwen3, forward, init_params, logits, param_shapes
+
+CONFIG = tiny.config()
+
+
+@cache
+def params(**changes):
+    return jax.jit(partial(init_params, tiny.config(**changes)))(jax.random.key(0))
+
+
+def outputs(layout, config=CONFIG, visibility="columns", **changes):
+    weights = params(**changes)
+    run = jax.jit(lambda tokens, at: logits(weights, forward(weights, config, tokens, at, visibility)))
+    return np.asarray(run(layout.tokens, Coordinates.of(layout)))
+
+
+@pytest.mark.parametrize("visibility", VISIBILITIES)
+def test_gradients_reach_exactly_what_the_mask_allows(visibility):
+    """One layer: the derivative of output i by embedding j is zero where the mask is 0, and not zero where it is 1."""
+    config = tiny.config(num_hidden_layers=1)
+    weights = params(num_hidden_layers=1)
+    layout = build_layout([[SMALL]], length=9)
+    at = Coordinates.of(layout)
+
+    def run(table):
+        """Every token has an embedding of its own."""
+        changed = weights | {"embed": table}
+        return forward(changed, config, jnp.arange(9)[None], at, visibility)[0].sum(-1) ** 2
+
+    slopes = np.asarray(jax.jit(jax.jacrev(run))(weights["embed"][jnp.asarray(layout.tokens[0])]))
+    reached = np.abs(slopes).max(-1) > 0
+    np.testing.assert_array_equal(reached, np.asarray(column_mask(at, at, visibility)[0]))
+
+
+def test_nothing_depends_on_later_or_same_column_tokens_of_others():
+    """Two layers, every token in turn: only outputs of later columns, and its own, change."""
+    layout = build_layout([[SMALL]])
+    before = outputs(layout)[0]
+    for j in range(layout.tokens.shape[1]):
+        tokens = layout.tokens.copy()
+        tokens[0, j] += 1
+        after = outputs(build_layout([[SMALL]]).__class__(**{**layout, "tokens": tokens}))[0]
+        changed = np.abs(after - before).max(-1) > 0
+        expected = layout.column[0] > layout.column[0, j]
+        expected[j] = True
+        np.testing.assert_array_equal(changed, expected)
+
+
+@pytest.mark.parametrize("align", ["left", "right", "ragged"])
+def test_permuting_branches_permutes_outputs(align):
+    branches = [Branch([11, 12, 13], [41, 42]), Branch([21], [51]), Branch([31, 32], [61, 62, 63])]
+    order = [2, 0, 1]
+    config = tiny.config(pair_indices=())
+    one = build_layout([[TokenSample([1, 2, 3], branches)]], align=align)
+    other = build_layout([[TokenSample([1, 2, 3], [branches[i] for i in order])]], align=align)
+    first, second = outputs(one, config)[0], outputs(other, config)[0]
+    for new, old in enumerate(order, start=1):
+        mine, theirs = one.branch[0] == old + 1, other.branch[0] == new
+        np.testing.assert_allclose(first[mine], second[theirs], atol=2e-5)
+    with_pairs = outputs(one)[0][one.branch[0] == 1], outputs(other)[0][other.branch[0] == 2]
+    assert np.abs(with_pairs[0] - with_pairs[1]).max() > 1e-2  # branch pairs do tell branches apart
+
+
+def test_own_and_sibling_are_told_apart_by_the_pairs_only():
+    """Different questions of equal length that end in the same token: equal logits without pairs, others with them."""
+    layout = build_layout([[TokenSample([1, 2], [Branch([11, 9]), Branch([21, 9])])]])
+    ends = outputs(layout, tiny.config(pair_indices=()))[0, -2:]
+    np.testing.assert_allclose(ends[0], ends[1], atol=1e-5)
+    ends = outputs(layout)[0, -2:]
+    assert np.abs(ends[0] - ends[1]).max() > 0.05 * ends.std()
+
+
+def test_packed_samples_do_not_see_one_another():
+    other = TokenSample([7, 8, 9], [Branch([15], [45])])
+    packed = build_layout([[SMALL, other]])
+    alone = build_layout([[other]])
+    np.testing.assert_allclose(outputs(packed)[0][packed.segment[0] == 1], outputs(alone)[0], atol=2e-5)
+
+
+def test_padding_changes_nothing_and_is_finite():
+    short, long = build_layout([[SMALL]]), build_layout([[SMALL]], length=20, pad_id=3)
+    np.testing.assert_allclose(outputs(long)[0, :8], outputs(short)[0], atol=2e-5)
+    weights = params()
+    run = jax.jit(lambda at: forward(weights, CONFIG, jnp.asarray(long.tokens), at, dtype=jnp.bfloat16))
+    assert np.isfinite(np.asarray(run(Coordinates.of(long)), np.float32)).all()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_nnx_module_holds_the_same_model(tied):
+    config = tiny.config(tie_word_embeddings=tied)
+    model = Qwen3(config, rngs=nnx.Rngs(3))
+    layout = build_layout([[SMALL]])
+    at = Coordinates.of(layout)
+    expected = logits(model.params(), forward(model.params(), config, jnp.asarray(layout.tokens), at))
+    np.testing.assert_allclose(model(jnp.asarray(layout.tokens), at), expected, atol=1e-6)
+    shapes = jax.tree.map(lambda x: x.shape, model.params())
+    assert shapes == param_shapes(config)
+    assert sum(x.size for x in jax.tree.leaves(model.params())) == config.parameters
+    assert set(nnx.state(model)) == set(shapes)
