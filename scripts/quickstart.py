@@ -3,13 +3,13 @@
     python scripts/quickstart.py
 
 A world of facts is written as web documents and as questions in SQuAD's format. The base is a Qwen3 of 0.7 M parameters
-that has learnt that world as an ordinary language model (scripts/quickstart-base; `--make-base` trains it anew). Then
+that has learnt that world as an ordinary language model (scripts/quickstart-base, made by scripts/make_base.py). Then
 run what the scripts run: columnar pretraining, finetuning, and the evaluation of the base in transformers, question by
 question, against all questions of a context in parallel, about people that training never saw. Run again, it goes on
 where it was stopped.
 """  # fmt: skip
 
-import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,61 +26,6 @@ TITLES = {"hf-sequential": "base, transformers, one by one", "columns": "finetun
 @dataclass(frozen=True)
 class Flags:
     output_dir: str = flag("./quickstart", "where data, models, results and pictures go")
-    make_base: bool = flag(False, f"only train the base and write it to scripts/{BASE.name} (half an hour on 2 cores)")
-
-
-def make_base(out: Path) -> None:
-    """Train the base from random weights: with one branch and no branch pairs, an ordinary language model."""
-    import jax.numpy as jnp
-
-    from pd_jax.checkpoint import load_config, load_params, staging, write_metadata
-    from pd_jax.config import SECTION, ModelConfig, read_config_json
-    from pd_jax.data.synthetic import train_tokenizer, write_documents
-    from pd_jax.train import pretrain
-    from pd_jax.weights import write_params
-
-    start, trained, documents = out / "start", out / "language-model", out / "documents.jsonl"
-    start.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer()
-    tokenizer.save_pretrained(start)
-    config = ModelConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        rope_theta=1e4,
-        tie_word_embeddings=True,
-        max_position_embeddings=1024,
-    )
-    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    plain = {key: value for key, value in config.to_hf().items() if key != SECTION}
-    for name, content in (("generation_config.json", special), ("config.json", plain | special | {"dtype": "float32"})):
-        (start / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    write_documents(documents, 24000)
-    pretrain(
-        PretrainFlags(
-            model_name=str(start),
-            random_init=True,
-            pair_indices=(),
-            output_dir=str(trained),
-            dataset_name=str(documents),
-            branch_count=1,
-            seq_length=DOCUMENT,
-            batch_size=8,
-            learning_rate=2e-3,
-            max_steps=3000,
-            save_steps=250,
-            logging_steps=50,
-        )
-    )
-    config = load_config(trained)
-    params = load_params(trained, config, jnp.bfloat16)
-    with staging(BASE) as stage:
-        write_params(stage, params, config)
-        write_metadata(stage, read_config_json(start), start, params["embed"].dtype)
 
 
 def train(out: Path) -> None:
@@ -137,15 +82,17 @@ def compare(out: Path) -> dict[str, Any]:
 
 
 def draw(out: Path) -> list[Path]:
-    """loss.png, and layout.png and mask.png of an English context (matplotlib's own font has no Chinese)."""
+    """loss.png, and layout.png and mask.png of an English context (matplotlib's own font has no Chinese), the one
+    whose answers differ most in length."""
     from pd_jax.checkpoint import load_tokenizer
     from pd_jax.data import squad
     from pd_jax.layout import build_layout
     from pd_jax.pictures import draw_layout, draw_losses, draw_mask
 
     tokenizer = load_tokenizer(BASE)
-    context = next(c for c in squad.load_squad(str(out / "world" / "dev.json")) if c.text.isascii())
-    layout = build_layout([[squad.to_tokens(context, tokenizer, tokenizer.eos_token_id)]])
+    contexts = [c for c in squad.load_squad(str(out / "world" / "dev.json")) if c.text.isascii()]
+    samples = [squad.to_tokens(context, tokenizer, tokenizer.eos_token_id) for context in contexts]
+    layout = build_layout([[max(samples, key=lambda s: len({len(branch.answer) for branch in s.branches}))]])
     loss, places, mask = pictures = [out / f"{name}.png" for name in ("loss", "layout", "mask")]
     draw_losses({name: out / name / "metrics.jsonl" for name in ("pretrained", "finetuned")}, loss)
     draw_layout(layout, [tokenizer.decode([int(token)]) for token in layout.tokens[0]], places)
@@ -173,14 +120,13 @@ def report(results: dict[str, Any], pictures: list[Path]) -> None:
 
 def main() -> None:
     flags, began = parse(Flags, description=__doc__), time.monotonic()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the same result on every machine
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     out = Path(flags.output_dir)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--output-dir {out} is a file; choose a directory")
-    if flags.make_base:
-        make_base(out)
-        return
     if not (BASE / "config.json").is_file():
-        raise ValueError(f"{BASE} is missing; check it out again, or train it with --make-base")
+        raise ValueError(f"{BASE} is missing; check it out again, or run scripts/make_base.py")
     train(out)
     results = compare(out)
     report(results, draw(out))
