@@ -129,7 +129,7 @@ def candidates(platform: str) -> tuple[str, ...]:
     return {"tpu": ("splash",), "gpu": ("tokamax", "cudnn")}.get(platform, ())
 
 
-def _per_device(attend, q: Array, k: Array, v: Array, mask: Any) -> Array:
+def per_device(attend, q: Array, k: Array, v: Array, mask: Any) -> Array:
     """A kernel over the mesh of `jax.set_mesh`: rows over its batch axes, heads over `tensor`. Kernels cannot be
     partitioned by the compiler."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -179,6 +179,6 @@ def make_attention(coordinates: Coordinates, visibility: Visibility = "columns",
             return dense_attention(q, k, v, masks["dense"], bias)
         if chosen == "chunked":
             return chunked.chunked_attention(q, k, v, masks["chunked"], visibility, sibling_bias)
-        return _per_device(FLASH[chosen], q, k, v, masks[chosen])
+        return per_device(FLASH[chosen], q, k, v, masks[chosen])
 
     return attend

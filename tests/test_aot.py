@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from pd_jax.columns import Coordinates
 from pd_jax.config import ModelConfig
 from pd_jax.loss import weighted_nll
-from pd_jax.model import forward, head, param_shapes
+from pd_jax.model import forward, head, init_params
 from pd_jax.plan import topology
 
 pytestmark = pytest.mark.aot
@@ -49,14 +49,14 @@ def mesh(platform: str, devices: int = 1) -> Mesh:
 
 
 def compile_for(platform: str, function, *shapes, devices: int = 1):
-    """`function` compiled for arrays of `shapes`, a tree of (shape, dtype); rows over the devices."""
+    """`function` compiled for arrays of `shapes`, trees of ShapeDtypeStruct; rows over the devices."""
     chips = mesh(platform, devices)
 
     def place(leaf):
-        spec = P("data") if leaf[0][0] == ROWS else P()
-        return jax.ShapeDtypeStruct(*leaf, sharding=NamedSharding(chips, spec))
+        spec = P("data") if leaf.shape == (ROWS, TOKENS) else P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(chips, spec))
 
-    arrays = jax.tree.map(place, shapes, is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[0], tuple))
+    arrays = jax.tree.map(place, shapes)
     with jax.set_mesh(chips):
         return jax.jit(function).trace(*arrays).lower(lowering_platforms=(platform,)).compile()
 
@@ -68,11 +68,12 @@ def step_program(platform: str, backend: str, devices: int = 1):
         hidden = forward(params, CONFIG, tokens, coordinates, dtype=jnp.bfloat16, remat="full", backend=backend)
         return weighted_nll(hidden, head(params), targets, weights)
 
-    rows = (ROWS, TOKENS)
-    shapes = param_shapes(CONFIG)
-    params = jax.tree.map(lambda shape: (shape, jnp.bfloat16), shapes, is_leaf=lambda x: isinstance(x, tuple))
-    coordinates = Coordinates(*[(rows, jnp.int32)] * 3, *[(rows, jnp.bool_)] * 2)
-    arrays = ((rows, jnp.int32), coordinates, (rows, jnp.int32), (rows, jnp.float32))
+    def row(dtype):
+        return jax.ShapeDtypeStruct((ROWS, TOKENS), dtype)
+
+    params = jax.eval_shape(lambda key: init_params(CONFIG, key, jnp.bfloat16), jax.random.key(0))
+    coordinates = Coordinates(row(jnp.int32), row(jnp.int32), row(jnp.int32), row(jnp.bool_), row(jnp.bool_))
+    arrays = (row(jnp.int32), coordinates, row(jnp.int32), row(jnp.float32))
     return compile_for(platform, jax.value_and_grad(loss), params, *arrays, devices=devices)
 
 
@@ -111,8 +112,9 @@ def test_splash_is_split_over_devices():
 def test_the_chunked_loss_saves_the_logits_of_a_whole_vocabulary(platform):
     """Qwen3's 151,936 rows and 16,384 tokens: 9.3 GiB of float32 logits, of which a chunk of 1,024 holds 0.6."""
     tokens, hidden, vocab = 16384, 1024, 151936
-    arrays = (((tokens, hidden), jnp.bfloat16), ((vocab, hidden), jnp.bfloat16))
-    arrays += (((tokens,), jnp.int32), ((tokens,), jnp.float32))
+    shapes = (((tokens, hidden), jnp.bfloat16), ((vocab, hidden), jnp.bfloat16))
+    shapes += (((tokens,), jnp.int32), ((tokens,), jnp.float32))
+    arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
     def memory(chunk: int) -> int:
         step = jax.value_and_grad(partial(weighted_nll, chunk=chunk), (0, 1))

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 from pd_jax import chunked, splash
-from pd_jax.attention import Call, make_attention, refusal
+from pd_jax.attention import Call, make_attention, per_device, refusal
 from pd_jax.columns import VISIBILITIES, Coordinates, column_mask, prefix_ends, sibling_mask
 from pd_jax.layout import Branch, TokenSample, build_layout
 
@@ -117,11 +118,12 @@ def test_splash_equals_dense():
 
 @pytest.mark.parametrize("backend", ["dense", "chunked"])
 def test_a_bias_of_minus_infinity_is_isolated_and_zero_is_columns(backend):
-    q, k, v, _ = inputs(ALL)
+    q, k, v, cotangent = inputs(ALL)
     for value, visibility in ((-jnp.inf, "isolated"), (0.0, "columns")):
-        got = attention(backend, ALL)(q, k, v, sibling_bias=jnp.full(4, value))
-        expected = attention("dense", ALL, visibility)(q, k, v)
-        np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE)
+        got = run(backend, "columns", 16, ALL, cotangent, q, k, v, jnp.full(4, value))
+        expected = run("dense", visibility, 16, ALL, cotangent, q, k, v)
+        for a, b in zip(got, expected, strict=False):  # without the bias' own gradient
+            np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", ["chunked", "splash"])
@@ -149,10 +151,11 @@ def test_grid_of_16_branches_and_256_columns(backend):
 
 
 def test_one_branch_is_causal_attention():
-    c = ROWS["one branch"]
-    q, k, v, _ = inputs(c)
+    c = jax.tree.map(lambda x: jnp.repeat(x, 8, axis=0), ROWS["one branch"])
+    q, k, v, cotangent = inputs(c)
     expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    np.testing.assert_allclose(attention("chunked", c)(q, k, v), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    got = run("chunked", "columns", 16, c, cotangent, q, k, v)[0]
+    np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def with_holes(c, share=0.3):
@@ -209,13 +212,12 @@ def test_ranges_are_the_mask(holes):
 
 
 def test_splash_gives_nan_for_a_row_out_of_order():
-    c = jax.tree.map(lambda x: jnp.concatenate([x, x]), ROWS["worked example"])
     swapped = jnp.arange(128).at[jnp.array([3, 5])].set(jnp.array([5, 3]))
-    c = jax.tree.map(lambda x: x.at[1].set(x[1, swapped]), c)
-    q, k, v, _ = inputs(c)
-    out = attention("splash", c)(q, k, v)
-    assert np.isfinite(out[0]).all()
-    assert np.isnan(out[1]).all()
+    c = jax.tree.map(lambda x: x.at[0].set(x[0, swapped]), ALL)  # the worked example's background
+    q, k, v, cotangent = inputs(c)
+    out = run("splash", "columns", 16, c, cotangent, q, k, v)[0]
+    assert np.isnan(out[0]).all()
+    assert np.isfinite(out[1:]).all()
 
 
 def test_tiles_that_nobody_may_see_are_skipped():
@@ -290,3 +292,18 @@ def test_low_precision_stays_close_to_dense():
     assert got.dtype == jnp.bfloat16
     exact = make_attention(c, backend="dense")(*(x.astype(jnp.float32) for x in (q, k, v)))
     assert float(jnp.max(jnp.abs(got - exact))) < 2 * math.ldexp(float(jnp.max(jnp.abs(exact))), -8)
+
+
+@pytest.mark.slow
+def test_kernels_run_on_their_share_of_rows_and_heads():
+    """Four devices along the rows, two along the heads."""
+    q, k, v, cotangent = inputs(ALL)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "tensor"))
+    rows = jax.sharding.NamedSharding(mesh, P("data"))
+    with jax.set_mesh(mesh):
+        kernel = partial(splash.splash_attention, interpret=True)
+        arrays = jax.device_put((q, k, v, splash.make_mask(ALL)), rows)
+        got = jax.jit(partial(per_device, kernel))(*arrays)
+    assert got.sharding.spec == P("data", None, "tensor")
+    expected = run("dense", "columns", 16, ALL, cotangent, q, k, v)[0]
+    np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE)
