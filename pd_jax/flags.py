@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pd_jax.cli import flag
+from pd_jax.config import LORA_TARGETS
 
 MODEL, DATA, OPTIM, LORA, RUN = "model", "data", "optimisation", "LoRA", "running and saving"
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TrainFlags:
     lora_r: int = flag(16, "rank", group=LORA, minimum=1)
     lora_alpha: float = flag(32.0, "the adapters are scaled by alpha / rank", group=LORA)
     lora_dropout: float = flag(0.05, "dropout on the adapters' input", group=LORA, minimum=0)
-    lora_target_modules: tuple[str, ...] = flag(PROJECTIONS, "projections that get adapters", group=LORA)
+    lora_target_modules: tuple[str, ...] = flag(LORA_TARGETS, "projections that get adapters", group=LORA)
 
     mesh: tuple[int, ...] = flag((1, -1, 1), "devices along data, fsdp and tensor; -1 takes the rest", group=RUN)
     seed: int = flag(0, "of initialisation, shuffling and dropout", group=RUN, minimum=0)

@@ -236,7 +236,8 @@ def start(weights: Params, program: Program, prompt: Prompt, seed: Array, room: 
 
     key = None
     if program.method.do_sample:
-        key = jax.vmap(jax.vmap(partial(jax.random.fold_in, jax.random.key(seed))))(prompt.stream)
+        # Named: under vmap, other generators draw otherwise than one by one, and a branch's stream must be its own.
+        key = jax.vmap(jax.vmap(partial(jax.random.fold_in, jax.random.key(seed, impl="threefry2x32"))))(prompt.stream)
 
     state = State(
         cache=[(widen(k.swapaxes(1, 2), 2), widen(v.swapaxes(1, 2), 2)) for k, v in kept],

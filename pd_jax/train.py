@@ -26,7 +26,7 @@ from pd_jax.flags import FinetuneFlags, PretrainFlags, TrainFlags
 from pd_jax.layout import fit
 from pd_jax.lora import init_adapters, load_adapter, save_adapter
 from pd_jax.loss import weighted_nll
-from pd_jax.model import SIBLING_BIAS_START, Params, forward, head, init_params
+from pd_jax.model import Params, forward, head, init_params
 from pd_jax.monitor import Monitor, Trace, flops_per_token, say
 from pd_jax.resume import Checkpoints, check_output, start_processes, stop_signal, write_run
 from pd_jax.sharding import SPECS, check_batch, check_model, make_mesh, param_shardings
@@ -38,6 +38,7 @@ class Start:
 
     directory: Path
     config: ModelConfig
+    adapter: Path | None
     lora: LoraConfig | None
     tokenizer: Any
     end: int
@@ -151,7 +152,8 @@ def prepare(flags: TrainFlags) -> Start:
             f"--mesh {' '.join(map(str, flags.mesh))} has {len(flags.mesh)} sizes; give data, fsdp, tensor"
         )
     directory = find_model(flags.model_name, flags.local_files_only)
-    config = load_config(directory, flags.pair_indices)
+    adapter = None if flags.adapter is None else find_model(flags.adapter, flags.local_files_only)
+    config = load_config(directory, flags.pair_indices, adapter)
     config = dataclasses.replace(config, sibling_bias=config.sibling_bias or flags.sibling_bias)
     tokenizer = load_tokenizer(directory)
     if len(tokenizer) > config.vocab_size:
@@ -164,15 +166,20 @@ def prepare(flags: TrainFlags) -> Start:
     check_model(config, mesh)
     check_batch(flags.batch_size, mesh)
     lora = None
-    if flags.use_lora or flags.adapter is not None:
+    if adapter is not None:
+        lora = load_adapter(adapter, config)[1]  # rank and scale are those of the adapter
+    elif flags.use_lora:
         lora = LoraConfig(flags.lora_r, flags.lora_alpha, flags.lora_dropout, flags.lora_target_modules)
-    if flags.adapter is not None:
-        lora = load_adapter(Path(flags.adapter), config)[1]  # rank and scale are those of the adapter
+    if lora is not None and flags.sibling_bias:
+        raise ValueError(
+            "--sibling-bias is a weight of the base, which --use-lora does not train; leave one of them out"
+        )
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     dtype = {"auto": "float32" if on_cpu else "bfloat16"}.get(flags.dtype, flags.dtype)
     return Start(
         directory=directory,
         config=config,
+        adapter=adapter,
         lora=lora,
         tokenizer=tokenizer,
         end=tokenizer.eos_token_id if tokenizer.eos_token_id in eos else eos[0],
@@ -267,22 +274,15 @@ def load_weights(start: Start, flags: TrainFlags, dtype: Any) -> Params:
     if flags.random_init:
         init = jax.jit(partial(init_params, start.config, dtype=dtype), out_shardings=shardings)
         return init(jax.random.key(flags.seed))
-    added = start.config.sibling_bias and not load_config(start.directory, flags.pair_indices).sibling_bias
-    if not added:
-        return load_params(start.directory, start.config, dtype, shardings)
-    place = shardings["layers"].pop("sibling_bias")
-    params = load_params(start.directory, dataclasses.replace(start.config, sibling_bias=False), dtype, shardings)
-    shape = (start.config.num_hidden_layers, start.config.num_attention_heads)
-    params["layers"]["sibling_bias"] = jax.device_put(jnp.full(shape, SIBLING_BIAS_START, dtype), place)
-    return params
+    return load_params(start.directory, start.config, dtype, shardings)
 
 
 def load_adapters(start: Start, flags: TrainFlags) -> Params:
     """The starting adapters: fresh ones, or those of --adapter."""
     assert start.lora is not None
-    if flags.adapter is None:
+    if start.adapter is None:
         return init_adapters(start.config, start.lora, jax.random.key(flags.seed))
-    return load_adapter(Path(flags.adapter), start.config)[0]
+    return load_adapter(start.adapter, start.config)[0]
 
 
 def abstract_state(trained: Params, shardings: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> Params:
@@ -414,7 +414,9 @@ def train(
         if start.lora is None:
             save_model(output, state["trained"], start.config, start.directory)
         else:
-            save_adapter(output, state["trained"], start.lora, start.config, base=flags.model_name)
+            local = Path(flags.model_name).is_dir()
+            base = str(start.directory.absolute()) if local else flags.model_name
+            save_adapter(output, state["trained"], start.lora, start.config, base)
     write_run(flags, finished=True)
     say(f"finished {step} steps; the {'model' if start.lora is None else 'adapter'} is in {output}")
 

@@ -1,7 +1,17 @@
-"""Every test runs on the CPU (8 virtual devices, float32) and offline, whatever the machine has."""
+"""Every test runs on the CPU (8 virtual devices, float32) and offline, whatever the machine has.
+
+Nearly all of the suite's time is compilation, so what is compiled is optimised less, and random weights come from a
+generator that compiles fast; what must not depend on the generator names its own.
+"""
 
 import os
 
 os.environ.update(
-    JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="8", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg"
+    JAX_PLATFORMS="cpu",
+    JAX_NUM_CPU_DEVICES="8",
+    JAX_DEFAULT_PRNG_IMPL="rbg",
+    XLA_FLAGS="--xla_backend_optimization_level=0",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="Agg",
 )
