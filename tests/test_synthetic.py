@@ -76,6 +76,17 @@ def test_values_of_one_context_do_not_contain_one_another():
             assert all(a not in b for i, a in enumerate(values) for j, b in enumerate(values) if i != j)
 
 
+@pytest.mark.parametrize(("mixed", "most"), [(False, 1), (True, 2)])
+def test_only_mixed_facts_share_their_relation(mixed, most):
+    rng, found = random.Random(4), set()
+    for _ in range(50):
+        facts = synthetic.make_facts(ENGLISH, 5, False, rng, mixed=mixed)
+        assert len({(fact.person, fact.question) for fact in facts}) == 5
+        asked = [fact.question.replace(fact.person, "") for fact in facts]
+        found.add(max(map(asked.count, asked)))
+    assert max(found) == most
+
+
 def test_the_squad_reader_takes_the_files_and_answers_are_ragged(world, tokenizer):
     contexts = squad.select(squad.load_squad(str(world / "train.json")), 4, 2, None)
     assert len(contexts) == 300

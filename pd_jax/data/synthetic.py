@@ -131,13 +131,22 @@ def _person(language: Language, held_out: bool, rng: random.Random) -> str:
             return language.space.join(part[i] for part, i in zip(language.names, places, strict=True))
 
 
-def make_facts(language: Language, count: int, held_out: bool, rng: random.Random) -> list[Fact]:
-    """`count` facts about as few people as leave each at most three; no value occurs twice or inside another."""
+def make_facts(language: Language, count: int, held_out: bool, rng: random.Random, mixed: bool = True) -> list[Fact]:
+    """`count` facts about one person for every three of them, and one more; no value occurs inside another.
+
+    `mixed`: several people share most relations, so that only the person tells their facts apart. Otherwise a relation
+    is used again only when all have been used.
+    """
     people: list[str] = []
     while len(people) < 1 + count // 3:
         person = _person(language, held_out, rng)
         people += [] if person in people else [person]
-    asked = rng.sample([(p, r) for p in people for r in rng.sample(language.relations, 3)], count)
+    if mixed:
+        asked = rng.sample([(p, r) for p in people for r in rng.sample(language.relations, 3)], count)
+    else:
+        relations = rng.sample(language.relations, len(language.relations))
+        asked = [(people[i % len(people)], relations[i % len(relations)]) for i in range(count)]
+        rng.shuffle(asked)
     facts: list[Fact] = []
     for person, relation in asked:
         value = ""
@@ -164,7 +173,7 @@ def make_document(rng: random.Random) -> str:
 def make_article(number: int, held_out: bool, rng: random.Random) -> dict[str, Any]:
     """One context of four to six facts and three or four questions, an article in SQuAD's format."""
     language = rng.choice((ENGLISH, CHINESE))
-    facts = make_facts(language, rng.randint(4, 6), held_out, rng)
+    facts = make_facts(language, rng.randint(4, 6), held_out, rng, mixed=False)
     context = language.space.join(fact.sentence for fact in facts)
     questions = []
     for place, fact in enumerate(rng.sample(facts, rng.randint(3, 4))):
