@@ -1,0 +1,77 @@
+"""The README's commands: every flag exists, and the stages run in the README's order on tiny inputs."""
+
+import importlib
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line]
+STAGES = [shlex.split(line) for line in COMMANDS if line.startswith("python ")]
+FLAGS = {"pretrain": "PretrainFlags", "finetune": "FinetuneFlags", "evaluate": "EvaluateFlags", "plan": "PlanFlags"}
+
+
+def test_the_first_screen_has_exactly_two_commands_that_install():
+    screen = README.splitlines()[:20]
+    assert sum(line == "```bash" for line in screen) == 2
+    assert [line for line in screen if "pip install" in line] == [c for c in COMMANDS if "pip install" in c]
+
+
+@pytest.mark.parametrize("command", STAGES, ids=lambda c: " ".join(c[1:4]))
+def test_every_flag_exists(command):
+    from pd_jax.cli import parse
+
+    script, argv = Path(command[1]), command[2:]
+    if script.stem in FLAGS:
+        flags = getattr(importlib.import_module("pd_jax.flags"), FLAGS[script.stem])
+    else:
+        flags = runpy.run_path(str(ROOT / script))["Flags"]
+    parse(flags, [str(ROOT / a) if a.startswith("configs/") else a for a in argv])
+
+
+@pytest.mark.slow
+def test_the_stages_run_in_order(tmp_path):
+    """As they stand there, but for the hub's model and data, and small sizes."""
+    base = tiny.model_directory(tmp_path / "base", head_dim=64, pair_indices=(8, 16, 24), num_attention_heads=2)
+    web, squad = str(tiny.documents(tmp_path / "web.jsonl")), str(tiny.squad(tmp_path / "squad.json"))
+    export = tmp_path / "hf"
+    small = {
+        "pretrain": ["--dataset-name", web, "--max-steps", "2", "--branch-count", "2", "--seq-length", "8"],
+        "finetune": ["--dataset-name", squad, "--max-length", "160", "--max-steps", "2"],
+        "evaluate": ["--dataset-name", squad, "--max-eval-samples", "2", "--max-new-tokens", "3", "--rows", "columns"],
+        "demo": ["--max-new-tokens", "3"],
+        "hf_to_flax": [],
+        "flax_to_hf": [],
+    }
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+
+    def run(*argv: str) -> str:
+        done = subprocess.run([sys.executable, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(argv)}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    # A base with weights, made by the same scripts: one step from random weights, then Hugging Face's format.
+    first = ["--random-init", "--model-name", str(base), "--output-dir", "seed", *small["pretrain"]]
+    run(str(ROOT / "scripts/pretrain.py"), *first)
+    run(str(ROOT / "convert/flax_to_hf.py"), "--checkpoint", "seed", "--output", str(export))
+    ran = set()
+    for command in STAGES:
+        script = Path(command[1])
+        if script.stem not in small or any("configs/" in a for a in command):
+            continue
+        argv = [a.replace("Qwen/Qwen3-0.6B", str(export)) for a in command[2:] if a != "--streaming"]
+        output = run(str(ROOT / script), *argv, *small[script.stem])
+        ran.add(script.stem)
+        if script.stem == "evaluate":
+            assert "columns" in output
+    assert ran == set(small)
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
