@@ -35,7 +35,7 @@ def train(out: Path) -> None:
 
     world = out / "world"
     if not (world / "dev.json").is_file():
-        write_world(world, documents=4000, train=8000, dev=64)
+        write_world(world, documents=2000, train=10000, dev=64)
     pretrain(
         PretrainFlags(
             model_name=str(BASE),
@@ -57,8 +57,8 @@ def train(out: Path) -> None:
             max_branches=4,
             max_length=192,
             batch_size=12,
-            learning_rate=1e-3,
-            max_steps=300,
+            learning_rate=2e-3,
+            max_steps=400,
         )
     )
 
