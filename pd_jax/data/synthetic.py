@@ -16,7 +16,7 @@ QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-VOCABULARY = 896  # with the special tokens; rare words stay in pieces, so answers differ in length
+VOCABULARY = 1024  # at most, with the special tokens; every word of the world has room to become one token
 HELD_OUT = 4  # every fourth name
 
 
@@ -53,7 +53,6 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple("" if word == "-" else word for word in text.split())
 
 
-YEARS = tuple(str(year) for year in range(1800, 1900))
 ENGLISH = Language(
     " ",
     (
@@ -76,9 +75,17 @@ ENGLISH = Language(
         Relation(
             "{person} works as a {value}.",
             "What does {person} work as?",
-            (_words("- river night school court stage"), _words("pilot painter singer baker teacher tailor clerk")),
+            (
+                _words("- - young old"),
+                _words("- - river night school court stage"),
+                _words("pilot painter singer baker teacher tailor clerk"),
+            ),
         ),
-        Relation("{person} was born in {value}.", "When was {person} born?", (YEARS,)),
+        Relation(
+            "{person} was born in {value}.",
+            "When was {person} born?",
+            (_words("- early late"), _words("January March April May June July August October November")),
+        ),
         Relation(
             "{person} keeps a {value}.",
             "What animal does {person} keep?",
@@ -102,14 +109,18 @@ CHINESE = Language(
         Relation(
             "{person}住在{value}。",
             "{person}住在哪里？",
-            (_words("- 东 西 南 北 新"), _words("清河 白石 云溪 龙泉 柳林 金沙 青山 月湖"), _words("镇 县 村")),
+            (_words("- 东 西 南 北 新"), _words("清河 白石 云溪 龙泉 柳林 金沙 石桥 月湖"), _words("镇 县 村")),
         ),
         Relation(
             "{person}的职业是{value}。",
             "{person}的职业是什么？",
             (_words("- 小学 乡村 戏曲 宫廷"), _words("教师 画家 木匠 医生 厨师 裁缝 诗人 铁匠")),
         ),
-        Relation("{person}出生于{value}年。", "{person}出生于哪一年？", (YEARS,)),
+        Relation(
+            "{person}出生于{value}。",
+            "{person}出生于什么时候？",
+            (_words("三月 五月 七月 八月 九月 冬月 腊月"), _words("- 初 底 中旬")),
+        ),
         Relation(
             "{person}养了一只{value}。",
             "{person}养了一只什么动物？",
@@ -131,22 +142,19 @@ def _person(language: Language, held_out: bool, rng: random.Random) -> str:
             return language.space.join(part[i] for part, i in zip(language.names, places, strict=True))
 
 
-def make_facts(language: Language, count: int, held_out: bool, rng: random.Random, mixed: bool = True) -> list[Fact]:
+def make_facts(language: Language, count: int, held_out: bool, rng: random.Random) -> list[Fact]:
     """`count` facts about one person for every three of them, and one more; no value occurs inside another.
 
-    `mixed`: several people share most relations, so that only the person tells their facts apart. Otherwise a relation
-    is used again only when all have been used.
+    A relation is used again only when all have been used: a model this small tells facts apart by relation long before
+    it does by person.
     """
     people: list[str] = []
     while len(people) < 1 + count // 3:
         person = _person(language, held_out, rng)
         people += [] if person in people else [person]
-    if mixed:
-        asked = rng.sample([(p, r) for p in people for r in rng.sample(language.relations, 3)], count)
-    else:
-        relations = rng.sample(language.relations, len(language.relations))
-        asked = [(people[i % len(people)], relations[i % len(relations)]) for i in range(count)]
-        rng.shuffle(asked)
+    relations = rng.sample(language.relations, len(language.relations))
+    asked = [(people[i % len(people)], relations[i % len(relations)]) for i in range(count)]
+    rng.shuffle(asked)
     facts: list[Fact] = []
     for person, relation in asked:
         value = ""
@@ -173,7 +181,7 @@ def make_document(rng: random.Random) -> str:
 def make_article(number: int, held_out: bool, rng: random.Random) -> dict[str, Any]:
     """One context of four to six facts and three or four questions, an article in SQuAD's format."""
     language = rng.choice((ENGLISH, CHINESE))
-    facts = make_facts(language, rng.randint(4, 6), held_out, rng, mixed=False)
+    facts = make_facts(language, rng.randint(4, 6), held_out, rng)
     context = language.space.join(fact.sentence for fact in facts)
     questions = []
     for place, fact in enumerate(rng.sample(facts, rng.randint(3, 4))):
@@ -207,19 +215,21 @@ def write_world(directory: Path, documents: int, train: int, dev: int, seed: int
 
 
 def _vocabulary_text() -> list[str]:
-    """The words of the world, each as it stands in running text; English words and frames weigh more.
+    """The words of the world, each as it stands in running text, and every Chinese character many times.
 
-    Trained on whole Chinese sentences, BPE would learn tokens that straddle a value's edge ("在清" of 住在清河镇), and
-    the answer would not be a run of the context's tokens.
+    Trained on whole Chinese sentences, BPE would learn tokens that straddle a value's edge ("在清" of 住在清河镇, or
+    bytes of the two), and the answer would not be a run of the context's tokens.
     """
     words: list[str] = []
     for language in (ENGLISH, CHINESE):
         parts = [*language.names, *(part for relation in language.relations for part in relation.parts)]
-        words += [language.space + word for part in parts for word in part if word]
         frames = [text for relation in language.relations for text in (relation.statement, relation.question)]
-        for frame in frames * 4:
-            words += [piece for piece in frame.replace("{value}", "{person}").split("{person}") if piece]
-    return words + ["Context:", "\nQuestion:", "\nAnswer:"] * 8
+        words += [language.space + word for part in parts for word in part if word]
+        words += [
+            piece for frame in frames for piece in frame.replace("{value}", "{person}").split("{person}") if piece
+        ]
+    words += ["Context:", "\nQuestion:", "\nAnswer:"]
+    return words * 2 + sorted({c for word in words for c in word if not c.isascii()}) * 100
 
 
 def train_tokenizer(vocabulary: int = VOCABULARY) -> Any:
