@@ -91,7 +91,7 @@ def main() -> None:
     columnar = SECTION in hf or (adapter is not None and SECTION in read_adapter_config(adapter))
     config = load_config(source, pair_indices=None if columnar else (), adapter=adapter)
     hf = config.to_hf(hf) if columnar else hf
-    adapters, lora = ({}, None) if adapter is None else load_adapter(adapter, config)
+    adapters, lora = ({}, None) if adapter is None else load_adapter(adapter, config, source)
     params = load_params(source, config, None)
     for name, part in adapters.items():  # one kind at a time: two models would not fit where one does
         assert lora is not None

@@ -1,6 +1,7 @@
 """Model directories: config.json, tokenizer files and weights, as Hugging Face's safetensors or our orbax `params/`."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every file i
 
 PARAMS = "params"  # the orbax checkpoint inside a model directory
 ADAPTER_CONFIG = "adapter_config.json"  # what makes a directory a LoRA adapter
+BASE_FINGERPRINT = "base_fingerprint"  # in our section of it
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -74,7 +76,8 @@ def load_config(directory: Path, pair_indices: Sequence[int] | None = None, adap
         if adapter is not None and SECTION not in hf:
             settings = read_adapter_config(adapter).get(SECTION)
             if settings is not None:
-                hf[SECTION] = {key: value for key, value in settings.items() if key != "rope_theta"}
+                other = ("rope_theta", BASE_FINGERPRINT)
+                hf[SECTION] = {key: value for key, value in settings.items() if key not in other}
         return ModelConfig.from_hf(hf, pair_indices)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
@@ -201,6 +204,16 @@ def root_cause(error: BaseException) -> str:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # ty: ignore[invalid-assignment]
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def fingerprint(directory: Path) -> str:
+    """sha256 over the names and bytes of a model directory's settings, tokenizer and weights."""
+    total = hashlib.sha256()
+    files = [path for pattern in ("*.json", "*.safetensors", "params/**/*") for path in directory.glob(pattern)]
+    for path in sorted(path for path in files if path.is_file()):
+        with path.open("rb") as file:
+            total.update(f"{path.relative_to(directory)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 # --- writing

@@ -232,7 +232,7 @@ class ParallelDecoder:
         eos_ids = load_eos_ids(directory, tokenizer)
         params = load_params(directory, config, jnp.dtype(dtype))
         if extra is not None:
-            adapters, lora = load_adapter(extra, config)
+            adapters, lora = load_adapter(extra, config, directory)
             for name, part in adapters.items():
                 params["layers"][name] = merge_kernel(params["layers"][name], part, name, lora)
         return cls(config, unstack(params, dtype), tokenizer, eos_ids, dtype=dtype, visibility=visibility, align=align)

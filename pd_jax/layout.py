@@ -207,15 +207,19 @@ def fit(sample: TokenSample, length: int) -> TokenSample | None:
 
 
 def pack(lengths: Iterable[int], capacity: int) -> list[list[int]]:
-    """First-fit packing in the given order: lists of indices whose lengths sum to at most `capacity`."""
+    """First-fit packing in the given order: lists of indices whose lengths sum to at most `capacity`.
+
+    Raises `ValueError` for a length above `capacity`.
+    """
+    lengths = list(lengths)
+    if max(lengths, default=0) > capacity:
+        raise ValueError(f"a length of {max(lengths)} does not fit in {capacity}; raise it or use fit()")
     bins: list[list[int]] = []
-    room: list[int] = []
+    room = np.full(len(lengths), capacity)
     for index, size in enumerate(lengths):
-        place = next((b for b, left in enumerate(room) if size <= left), None)
-        if place is None:
+        place = int(np.argmax(room[: len(bins) + 1] >= size))  # the first bin with room; the last one is still empty
+        if place == len(bins):
             bins.append([])
-            room.append(capacity)
-            place = len(bins) - 1
         bins[place].append(index)
         room[place] -= size
     return bins

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pd_jax.checkpoint import ADAPTER_CONFIG, read_adapter_config, staging
+from pd_jax.checkpoint import ADAPTER_CONFIG, BASE_FINGERPRINT, fingerprint, read_adapter_config, staging
 from pd_jax.config import SECTION, LoraConfig, ModelConfig
 from pd_jax.model import PROJECTIONS, Params, contraction, layer_shapes
 from pd_jax.weights import HF_NAMES, Pending, raise_collected, read_header, write_safetensors
@@ -98,9 +98,11 @@ def base_settings(config: ModelConfig) -> dict[str, Any]:
     return {**config.section(), "rope_theta": config.rope_theta}
 
 
-def save_adapter(directory: Path, adapters: Params, lora: LoraConfig, config: ModelConfig, base: str) -> None:
+def save_adapter(
+    directory: Path, adapters: Params, lora: LoraConfig, config: ModelConfig, base: str, base_print: str | None = None
+) -> None:
     """Write `adapters` as PEFT does, with our settings under the key `pd_jax`; all or nothing. `base` is the model
-    that they belong to, a directory or a hub id."""
+    that they belong to, a directory or a hub id, and `base_print` its `checkpoint.fingerprint`."""
     tensors: dict[str, Pending] = {}
     for name, parts in adapters.items():
         for part, array in parts.items():
@@ -123,21 +125,28 @@ def save_adapter(directory: Path, adapters: Params, lora: LoraConfig, config: Mo
         "fan_in_fan_out": False,
         "inference_mode": True,
         "modules_to_save": None,
-        SECTION: base_settings(config),
+        SECTION: base_settings(config) | ({} if base_print is None else {BASE_FINGERPRINT: base_print}),
     }
     with staging(directory, last=ADAPTER_CONFIG) as stage:
         write_safetensors(stage / ADAPTER_WEIGHTS, tensors)
         (stage / ADAPTER_CONFIG).write_text(json.dumps(peft, indent=2) + "\n", encoding="utf-8")
 
 
-def load_adapter(directory: Path, config: ModelConfig) -> tuple[Params, LoraConfig]:
+def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None) -> tuple[Params, LoraConfig]:
     """The adapters of a PEFT directory (ours or PEFT's own) for a base of `config`, float32, and their settings.
 
-    Raises `ValueError` when the adapter was trained on a base with other settings, when it uses what only PEFT has,
-    and with every tensor that is missing, unknown or of another shape.
+    Raises `ValueError` when the adapter was trained on a base with other settings or, where `base` is given, other
+    files than those of that directory; when it uses what only PEFT has; and with every tensor that is missing, unknown
+    or of another shape.
     """
     peft = read_adapter_config(directory)
-    stored, here = peft.get(SECTION, {}), base_settings(config)
+    stored, here = dict(peft.get(SECTION, {})), base_settings(config)
+    wanted = stored.pop(BASE_FINGERPRINT, None)
+    if base is not None and wanted is not None and fingerprint(base) != wanted:
+        raise ValueError(
+            f"{directory} was trained on {peft.get('base_model_name_or_path')} with fingerprint {wanted[:12]}, and "
+            f"{base} has {fingerprint(base)[:12]}; use the base it was trained on"
+        )
     errors = [
         f"{key} is {value!r} in the adapter and {here.get(key)!r} in the base; use the base it was trained on"
         for key, value in stored.items()

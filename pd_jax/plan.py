@@ -53,7 +53,6 @@ class Machine:
 
 GIB = 2**30
 MACHINES = {
-    "v4": Machine("tpu", 32 * GIB, 1228e9, 275e12, 300e9),
     "v5e": Machine("tpu", 16 * GIB, 819e9, 197e12, 200e9),
     "v5p": Machine("tpu", 95 * GIB, 2765e9, 459e12, 600e9),
     "v6e": Machine("tpu", 32 * GIB, 1640e9, 918e12, 448e9),
@@ -103,7 +102,7 @@ def topology(name: str) -> tuple[Machine, list[Any]]:
     """
     kind, _, shape = name.partition(":")
     if kind not in MACHINES or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise ValueError(f"topology {name!r} is not known; give one like v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4, h100:8")
+        raise ValueError(f"topology {name!r} is not known; give one like v5e:4x4, v5p:2x2x1, v6e:4x4, h100:8")
     machine = MACHINES[kind]
     try:
         if machine.platform == "tpu":

@@ -72,13 +72,28 @@ def check_output(flags: TrainFlags) -> bool:
     return not run["finished"]
 
 
-def write_run(flags: TrainFlags, finished: bool) -> None:
-    """The resolved flags, and whether the run is over."""
+def check_base(flags: TrainFlags, base: dict[str, str]) -> None:
+    """Raise `ValueError` when the LoRA run in --output-dir was started on other weights than `base`."""
+    path = Path(flags.output_dir) / "run.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))["base"] if path.is_file() else base
+    if stored["fingerprint"] != base["fingerprint"]:
+        raise ValueError(
+            f"--output-dir {flags.output_dir} holds a run on {stored['name']} with fingerprint "
+            f"{stored['fingerprint'][:12]}, and the files of {base['name']} have {base['fingerprint'][:12]}; "
+            "restore that base, or use another --output-dir"
+        )
+
+
+def write_run(flags: TrainFlags, base: dict[str, str] | None, finished: bool) -> None:
+    """run.json: the resolved flags, the base of a LoRA run, and whether the run is over."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("run.json")  # every process has read the one before, or is done
     output = Path(flags.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         stage = output / ".run.json"
-        stage.write_text(json.dumps({"flags": dataclasses.asdict(flags), "finished": finished}, indent=2) + "\n")
+        run = {"flags": dataclasses.asdict(flags), "base": base, "finished": finished}
+        stage.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
         stage.replace(output / "run.json")
 
 

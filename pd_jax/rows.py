@@ -6,7 +6,6 @@ greedily. The hf rows are plain transformers; the others are ours.
 
 import functools
 import gc
-import hashlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,16 +23,6 @@ ROWS = (*HF_ROWS, *OUR_ROWS)
 SERIAL_ROWS = ("hf-sequential", "hf-one-prompt", "sequential")  # one answer after the other
 
 Row = Callable[[Sequence[Context], int, int | None], Decoded]  # contexts, max_new_tokens, turns -> answers
-
-
-def fingerprint(directory: Path) -> str:
-    """sha256 over the names and bytes of a model directory's settings, tokenizer and weights."""
-    total = hashlib.sha256()
-    files = [path for pattern in ("*.json", "*.safetensors", "params/**/*") for path in directory.glob(pattern)]
-    for path in sorted(path for path in files if path.is_file()):
-        with path.open("rb") as file:
-            total.update(f"{path.relative_to(directory)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
 
 
 def answer_in_columns(
@@ -120,6 +109,8 @@ class Source:
     adapter: Path | None = None
 
     def fingerprint(self) -> list[str]:
+        from pd_jax.checkpoint import fingerprint
+
         return [fingerprint(path) for path in (self.model, self.adapter) if path is not None]
 
 

@@ -83,12 +83,18 @@ def check_model(config: ModelConfig, mesh: Mesh) -> None:
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raise `ValueError` when the rows of a micro-batch do not divide over the batch axes."""
+    """Raise `ValueError` when the rows of a micro-batch do not divide over the batch axes, or those over processes."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % ways:
         raise ValueError(
             f"--batch-size {batch_size} does not divide over data x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']} "
             f"devices; use a multiple of {ways}"
+        )
+    processes = len({device.process_index for device in mesh.devices.flat})
+    if ways % processes:
+        raise ValueError(
+            f"data x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']} does not share out the rows over {processes} "
+            "processes; make it a multiple of that number and --mesh's tensor axis smaller"
         )
 
 

@@ -18,7 +18,15 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pd_jax.checkpoint import find_model, load_config, load_eos_ids, load_params, load_tokenizer, save_model
+from pd_jax.checkpoint import (
+    find_model,
+    fingerprint,
+    load_config,
+    load_eos_ids,
+    load_params,
+    load_tokenizer,
+    save_model,
+)
 from pd_jax.columns import Coordinates
 from pd_jax.config import LoraConfig, ModelConfig
 from pd_jax.data import fineweb, pipeline, squad
@@ -28,18 +36,20 @@ from pd_jax.lora import init_adapters, load_adapter, save_adapter
 from pd_jax.loss import weighted_nll
 from pd_jax.model import Params, forward, head, init_params
 from pd_jax.monitor import Monitor, Trace, flops_per_token, say
-from pd_jax.resume import Checkpoints, check_output, start_processes, stop_signal, write_run
+from pd_jax.resume import Checkpoints, check_base, check_output, start_processes, stop_signal, write_run
 from pd_jax.sharding import SPECS, check_batch, check_model, make_mesh, param_shardings
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from; everything in it has been checked."""
+    """What a run starts from; everything in it has been checked. `base` is the name and the fingerprint of the frozen
+    model of a LoRA run."""
 
     directory: Path
     config: ModelConfig
     adapter: Path | None
     lora: LoraConfig | None
+    base: dict[str, str] | None
     tokenizer: Any
     end: int
     pad: int
@@ -55,6 +65,8 @@ def pretrain(flags: PretrainFlags) -> None:
     start_processes(flags)
     if finished(flags):
         return
+    if flags.streaming and flags.workers:
+        raise ValueError(f"--workers {flags.workers} cannot share a stream; leave out --streaming or --workers")
     start = prepare(flags)
     documents = fineweb.load_documents(
         flags.dataset_name,
@@ -117,7 +129,9 @@ def finetune(flags: FinetuneFlags) -> None:
         used = sum(len(samples[i]) for row in rows for i in row) / (len(rows) * flags.max_length)
         say(f"{len(rows)} rows of {flags.max_length} tokens, {used:.0%} of them used")
         return (
-            pipeline.finetune_batches(samples, rows, flags.max_length, rows_per_step(flags), flags.align, start.pad),
+            pipeline.finetune_batches(
+                samples, rows, flags.max_length, rows_per_step(flags), flags.align, start.pad, flags.workers
+            ),
             steps,
         )
 
@@ -167,13 +181,18 @@ def prepare(flags: TrainFlags) -> Start:
     check_batch(flags.batch_size, mesh)
     lora = None
     if adapter is not None:
-        lora = load_adapter(adapter, config)[1]  # rank and scale are those of the adapter
+        lora = load_adapter(adapter, config, directory)[1]  # rank and scale are those of the adapter
     elif flags.use_lora:
         lora = LoraConfig(flags.lora_r, flags.lora_alpha, flags.lora_dropout, flags.lora_target_modules)
     if lora is not None and flags.sibling_bias:
         raise ValueError(
             "--sibling-bias is a weight of the base, which --use-lora does not train; leave one of them out"
         )
+    base = None
+    if lora is not None:
+        name = str(directory.absolute()) if Path(flags.model_name).is_dir() else flags.model_name
+        base = {"name": name, "fingerprint": fingerprint(directory)}
+        check_base(flags, base)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     dtype = {"auto": "float32" if on_cpu else "bfloat16"}.get(flags.dtype, flags.dtype)
     return Start(
@@ -181,6 +200,7 @@ def prepare(flags: TrainFlags) -> Start:
         config=config,
         adapter=adapter,
         lora=lora,
+        base=base,
         tokenizer=tokenizer,
         end=tokenizer.eos_token_id if tokenizer.eos_token_id in eos else eos[0],
         pad=tokenizer.pad_token_id or 0,
@@ -323,7 +343,7 @@ def train(
     output = Path(flags.output_dir)
     trace = Trace(flags.profile, output / "profile")
     adapters = None if start.lora is None else load_adapters(start, flags)
-    write_run(flags, finished=False)
+    write_run(flags, start.base, finished=False)
 
     # -- step and state
     mesh = start.mesh
@@ -413,11 +433,10 @@ def train(
             return
         if start.lora is None:
             save_model(output, state["trained"], start.config, start.directory)
-        else:
-            local = Path(flags.model_name).is_dir()
-            base = str(start.directory.absolute()) if local else flags.model_name
-            save_adapter(output, state["trained"], start.lora, start.config, base)
-    write_run(flags, finished=True)
+        elif jax.process_index() == 0:
+            assert start.base is not None
+            save_adapter(output, state["trained"], start.lora, start.config, *start.base.values())
+    write_run(flags, start.base, finished=True)
     say(f"finished {step} steps; the {'model' if start.lora is None else 'adapter'} is in {output}")
 
 
