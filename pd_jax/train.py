@@ -257,8 +257,7 @@ def make_step(
         return weighted_nll(hidden, head(params), rows["targets"], weights)
 
     def step(state: Params, frozen: Params, batch: Params) -> tuple[Params, Params]:
-        tokens = jnp.sum(batch["weights"])
-        share = batch["weights"] / jnp.maximum(tokens, 1)
+        share = batch["weights"] / jnp.maximum(jnp.sum(batch["weights"]), 1)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(flags.seed), state["step"]), share.shape[0])
 
         def accumulate(carry: tuple, micro: tuple) -> tuple[tuple, None]:
@@ -272,7 +271,7 @@ def make_step(
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree_utils.tree_norm(grads),
-            "tokens": tokens,
+            "tokens": jnp.sum(batch["valid"].astype(jnp.float32)),
             "used": jnp.mean(batch["valid"].astype(jnp.float32)),
         }
         trained = optax.apply_updates(state["trained"], updates)
