@@ -2,14 +2,17 @@
 
     python scripts/benchmark.py attention                      # backends against plain causal attention, and torch
     python scripts/benchmark.py attention --tokens 4096 --dtype bfloat16 --heads 32 --kv-heads 8 --head-dim 128
+    python scripts/benchmark.py decode                         # columns against transformers, one by one and batched
+    python scripts/benchmark.py decode --model Qwen/Qwen3-0.6B --threads 2 --background 128 1024 8192 --output d.json
 """  # fmt: skip
 
+import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,13 +28,13 @@ class Contender(NamedTuple):
     memory: float | None = None
 
 
-def fastest(contenders: dict[str, Contender], repeat: int, on_cpu: bool) -> dict[str, float]:
+def fastest(contenders: dict[Any, Contender], repeat: int, on_cpu: bool) -> dict[Any, float]:
     """Seconds of the fastest of `repeat` calls of each, one call of each at a time: a busy spell hits all alike.
 
-    On a CPU the time of this process, not of the clock: other processes then cost little.
+    On one core of a CPU the time of this process, not of the clock: other processes then cost little.
     """
     clock = time.process_time if on_cpu else time.perf_counter
-    best: dict[str, float] = {}
+    best: dict[Any, float] = {}
     for turn in range(repeat + 1):
         for name, contender in contenders.items():
             start = clock()
@@ -57,21 +60,45 @@ def compiled(function: Callable, *arrays: Any) -> Contender:
     return Contender(lambda: jax.block_until_ready(program(*arrays)), memory)
 
 
-def one_core() -> None:
-    """Keep this process on one core, before a library counts the cores it has."""
+def keep_to(cores: int) -> None:
+    """Keep this process on so many cores, before a library counts those it has."""
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    os.environ["OMP_NUM_THREADS"] = "1"
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    os.environ["OMP_NUM_THREADS"] = str(cores)
 
 
-def import_torch() -> Any:
-    """torch on one thread, or None where it is not installed."""
+def import_torch(threads: int = 1) -> Any:
+    """torch on so many threads, or None where it is not installed."""
     try:
         import torch
     except ImportError:
         return None
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     return torch
+
+
+# --- models
+def shape_of(model: str) -> Any:
+    """A `ModelConfig` that transformers can compute too: a Qwen3's by its hub id, or "29m"."""
+    from pd_jax.config import ModelConfig
+    from pd_jax.plan import model_config
+
+    if model != "29m":
+        return replace(model_config(model), pair_indices=())
+    return ModelConfig(8192, 512, 1536, 8, 8, 4, 64, 1e6, tie_word_embeddings=True, pair_indices=())
+
+
+def in_transformers(config: Any, params: Any, dtype: str, device: str) -> Any:
+    """The same weights as a transformers model."""
+    import transformers
+
+    from pd_jax.weights import write_params
+
+    with tempfile.TemporaryDirectory() as directory:
+        write_params(Path(directory), params, config)
+        Path(directory, "config.json").write_text(json.dumps(config.to_hf()))
+        transformers.logging.disable_progress_bar()
+        return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device)
 
 
 # --- attention
@@ -181,34 +208,17 @@ def training(repeat: int) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from pd_jax.checkpoint import load_config, load_params
     from pd_jax.columns import column_mask
     from pd_jax.loss import weighted_nll
-    from pd_jax.model import forward, head
+    from pd_jax.model import forward, head, init_params
 
     torch = import_torch()
     if torch is None:
         print("\ntraining: torch is not installed, nothing to compare with")
         return
-    import transformers
-
-    reference = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            vocab_size=8192,
-            hidden_size=512,
-            intermediate_size=1536,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=64,
-            tie_word_embeddings=True,
-            rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
-        )
-    )
-    with tempfile.TemporaryDirectory() as directory:
-        reference.save_pretrained(directory)
-        config = load_config(Path(directory), pair_indices=())
-        params = load_params(Path(directory), config)
+    config = shape_of("29m")
+    params = init_params(config, jax.random.key(0, impl="rbg"))
+    reference = in_transformers(config, params, "float32", "cpu")
     coordinates = grid(256, 16, 2)
     tokens, targets = np.random.default_rng(0).integers(config.vocab_size, size=(2, 2, 256))
     weights = jnp.ones((2, 256), jnp.float32) / 512
@@ -240,7 +250,173 @@ def training(repeat: int) -> None:
     table("29M model, 2 x 256 tokens", contenders, fastest(contenders, repeat, on_cpu=True), "torch")
 
 
-COMMANDS = {"attention": (AttentionFlags, attention)}
+# --- decode
+@dataclass(frozen=True)
+class DecodeFlags:
+    model: str = flag("29m", "shape of the random weights: 29m or a hub id like Qwen/Qwen3-0.6B")
+    branches: tuple[int, ...] = flag((1, 4, 16), "branches over one background")
+    background: tuple[int, ...] = flag((128, 1024), "tokens of the background")
+    prompt: int = flag(16, "tokens of every branch's prompt", minimum=1)
+    new_tokens: tuple[int, ...] = flag((32,), "tokens that every branch answers; no branch ends earlier")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "auto: float32 on a CPU, bfloat16 elsewhere")
+    transformers: bool = flag(True, "compare with transformers.generate where torch is installed")
+    threads: int = flag(1, "on a CPU: 1 counts the process's own time, more the clock's", minimum=1)
+    repeat: int = flag(3, "calls of which the fastest counts", minimum=1)
+    output: str | None = flag(None, "also write everything that was measured to this JSON file")
+
+
+THEIRS = "transformers, one by one", "transformers, batched"
+
+
+class Peak:
+    """MB beyond what was held before: of this process on Linux, of the device elsewhere (which never forgets)."""
+
+    def __enter__(self) -> "Peak":
+        self.before = self._held("VmRSS")
+        if self.before is not None:
+            Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        after = self._held("VmHWM")
+        self.megabytes = None if after is None or self.before is None else after - self.before
+
+    @staticmethod
+    def _held(field: str) -> float | None:
+        status = Path("/proc/self/status")
+        lines = status.read_text().splitlines() if status.exists() else []
+        return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith(field)), None)
+
+
+def bandwidth(on_cpu: bool) -> float:
+    """Bytes a second that a matrix of 256 MB is read with, multiplied with a vector as a layer's weights are."""
+    import jax
+    import jax.numpy as jnp
+
+    matrix, vector = jnp.ones((8192, 8192), jnp.float32), jnp.ones((1, 8192), jnp.float32)
+    product = compiled(lambda matrix, vector: jnp.einsum("ni,oi->no", vector, matrix), matrix, vector)
+    total = compiled(jnp.sum, matrix)
+    jax.block_until_ready(matrix)
+    return matrix.nbytes / min(fastest({"product": product, "sum": total}, 5, on_cpu).values())
+
+
+def tokens_only(vocabulary: int) -> Any:
+    """A tokenizer of as many words as the model has rows."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"<{i}>": i for i in range(vocabulary)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<0>")))
+
+
+def decode(flags: DecodeFlags) -> None:
+    import jax
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from pd_jax import ParallelDecoder
+    from pd_jax.layout import Branch, TokenSample
+    from pd_jax.loop import cache_bytes, unstack
+    from pd_jax.model import init_params
+
+    device = jax.devices()[0]
+    on_cpu = device.platform == "cpu"
+    cpu_time = on_cpu and flags.threads == 1
+    dtype = flags.dtype if flags.dtype != "auto" else "float32" if on_cpu else "bfloat16"
+    config, rng = shape_of(flags.model), np.random.default_rng(0)
+    params = init_params(config, jax.random.key(0, impl="rbg"), dtype)
+    torch = import_torch(flags.threads) if flags.transformers else None
+    theirs = None if torch is None else in_transformers(config, params, dtype, "cpu" if on_cpu else "cuda")
+    weights = unstack(params, dtype)
+    never = (config.vocab_size,)
+    tokenizer = tokens_only(config.vocab_size)
+    ours = ParallelDecoder(config, weights, tokenizer, never, dtype=dtype)
+    alone = ParallelDecoder(config, weights, tokenizer, never, dtype=dtype, visibility="isolated", align="ragged")
+
+    def generate(ids: list[list[int]], new: int) -> Any:
+        given = torch.tensor(ids, device=theirs.device)
+        settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        return theirs.generate(given, attention_mask=torch.ones_like(given), **settings)
+
+    rows: list[dict[str, Any]] = []
+    most, speed = max(flags.branches), bandwidth(cpu_time)
+    for length in flags.background:
+        background = rng.integers(config.vocab_size, size=length).tolist()
+        prompts = rng.integers(config.vocab_size, size=(most, flags.prompt)).tolist()
+        contenders: dict[tuple[str, int, int], Contender] = {}
+        for new in sorted({1, *flags.new_tokens}):
+            for n in sorted({1, *flags.branches}):
+                sample = TokenSample(background, [Branch(ids) for ids in prompts[:n]])
+                for name, decoder in (("columns", ours), ("isolated", alone)):
+                    call = partial(decoder.generate, [sample], max_new_tokens=new)
+                    contenders[name, n, new] = Contender(call)
+                if theirs is not None:
+                    call = partial(generate, [background + ids for ids in prompts[:n]], new)
+                    contenders[THEIRS[1], n, new] = Contender(call)
+        seconds = fastest(contenders, flags.repeat, cpu_time)
+        for new in flags.new_tokens:
+            # One by one takes n times what one branch takes; its fastest call, n times.
+            single = {"one by one": "isolated", THEIRS[0]: THEIRS[1]}
+            for n in flags.branches:
+                for name in ("columns", "isolated", "one by one", *(THEIRS if theirs is not None else ())):
+                    key, times = ((single[name], 1), n) if name in single else ((name, n), 1)
+                    whole, first = times * seconds[*key, new], times * seconds[*key, 1]
+                    column = (whole - first) / max(new - 1, 1)
+                    with Peak() as peak:
+                        contenders[*key, new].call()
+                    # Read in every column: all weights but an embedding that is not the head, and half the answers.
+                    copies = n if name in (THEIRS[1], *single) else 1
+                    read = sum(x.nbytes for x in jax.tree.leaves(weights)) * times
+                    read -= 0 if config.tie_word_embeddings else weights["embed"].nbytes * times
+                    read += cache_bytes(config, copies, length, n // copies, flags.prompt + new // 2, dtype)
+                    rows.append(
+                        {
+                            "contender": name,
+                            "background": length,
+                            "branches": n,
+                            "new_tokens": new,
+                            "seconds": whole,
+                            "prefill_ms": 1e3 * first,
+                            "column_ms": 1e3 * column,
+                            "tokens_per_second": n * new / whole,
+                            "roofline": read / speed / column if new > 1 else None,
+                            "megabytes": peak.megabytes,
+                        }
+                    )
+    reference = {(r["background"], r["new_tokens"], r["branches"], r["contender"]): r for r in rows}
+    load = os.getloadavg()[0]
+    clock = "process time" if cpu_time else "clock"
+    grid = Table(
+        title=f"{flags.model} {dtype} on {device.device_kind}, {flags.threads} threads ({clock}), load {load:.1f}, "
+        f"{speed / 1e9:.1f} GB/s; x: times as fast, whole calls",
+    )
+    heads = (
+        "background branches new contender s prefill_ms column_ms t(n)/t(1) tokens/s roofline MB x_one_by_one x_batched"
+    )
+    for text in heads.split():
+        grid.add_column(text.replace("_", " "), justify="left" if text == "contender" else "right")
+    for row in rows:
+        case = row["background"], row["new_tokens"]
+        one = reference.get((*case, 1, row["contender"]))
+        row["growth"] = None if one is None or row["new_tokens"] == 1 else row["column_ms"] / one["column_ms"]
+        for name, other in zip(("x_one_by_one", "x_batched"), THEIRS, strict=True):
+            against = reference.get((*case, row["branches"], other))
+            row[name] = None if against is None else against["seconds"] / row["seconds"]
+        shown = [row["seconds"], row["prefill_ms"], row["column_ms"], row["growth"], row["tokens_per_second"]]
+        shown += [row["roofline"], row["megabytes"], row["x_one_by_one"], row["x_batched"]]
+        digits = (2, 1, 2, 2, 0, 2, 0, 2, 2)
+        cells = ["" if x is None else f"{x:.{d}f}" for x, d in zip(shown, digits, strict=True)]
+        grid.add_row(*map(str, (*case[:1], row["branches"], case[1])), row["contender"], *cells)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(grid)
+    if flags.output is not None:
+        about = {"model": flags.model, "dtype": dtype, "device": device.device_kind, "threads": flags.threads}
+        about |= {"clock": clock, "load": load, "bandwidth": speed, "rows": rows}
+        Path(flags.output).write_text(json.dumps(about, indent=2) + "\n")
+
+
+COMMANDS = {"attention": (AttentionFlags, attention), "decode": (DecodeFlags, decode)}
 
 
 def main() -> None:
@@ -252,7 +428,7 @@ def main() -> None:
         raise ValueError(f"command {name!r} is not one of {', '.join(COMMANDS)}")
     flags, command = COMMANDS[name]
     parsed = parse(flags, sys.argv[2:], description=__doc__)
-    one_core()
+    keep_to(getattr(parsed, "threads", 1))
     command(parsed)
 
 
