@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,13 +110,25 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         # BestN keeps the end of the sorted list: descending, the end is the lowest loss.
         best = policies.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1)
-        self.directory = directory
         kept: Any = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+        self.directory = directory.absolute()
+        for path in self.directory.glob("[0-9]*/metrics/metrics"):
+            try:
+                json.loads(path.read_text(encoding="utf-8"))  # orbax reads all of them and stops at one that it cannot
+            except (OSError, ValueError) as error:
+                self._set_aside(int(path.parts[-3]), error)
         self.orbax = ocp.training.Checkpointer(
-            str(directory.absolute()),
-            preservation_policy=kept,
-            cleanup_tmp_directories=True,
+            str(self.directory), preservation_policy=kept, cleanup_tmp_directories=True
         )
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        """Rename a damaged checkpoint, so that its step can be saved again."""
+        say(f"warning: checkpoint {step} is unreadable ({root_cause(error)}); it is now {step}.damaged")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged")  # every process has seen it
+        if jax.process_index() == 0:
+            shutil.rmtree(self.directory / f"{step}.damaged", ignore_errors=True)
+            (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -140,14 +153,15 @@ class Checkpoints:
         self.orbax.wait()
 
     def newest(self, target: Params) -> tuple[Params, Any, int] | None:
-        """(state, data, step) of the newest checkpoint that can be read into `target`; damaged ones are passed over."""
-        for checkpoint in reversed(self.orbax.checkpoints):
+        """(state, data, step) of the newest checkpoint that can be read into `target`; damaged ones are set aside."""
+        for step in reversed(self.steps()):
             try:
-                state = self.orbax.load_checkpointables(checkpoint.step, {"state": target})["state"]
-                metadata: Any = self.orbax.checkpointables_metadata(checkpoint.step).custom_metadata
-                return state, metadata["data"], int(checkpoint.step)
+                state = self.orbax.load_checkpointables(step, {"state": target})["state"]
+                metadata: Any = self.orbax.checkpointables_metadata(step).custom_metadata
+                return state, metadata["data"], step
             except Exception as error:
-                say(f"warning: checkpoint {checkpoint.step} is unreadable ({root_cause(error)}); trying the one before")
+                self._set_aside(step, error)
+                self.orbax.reload()
         return None
 
     def steps(self) -> list[int]:

@@ -1,0 +1,109 @@
+import importlib.util
+
+import pytest
+import tiny
+
+from pd_jax.flags import PlanFlags
+from pd_jax.plan import (
+    GIB,
+    MACHINES,
+    Plan,
+    collectives,
+    compile_train_step,
+    model_config,
+    plan_training,
+    report,
+    topology,
+)
+
+# A scan of 5 layers inside 3 micro-batches; the inner loop has a noted trip count, the outer one only a condition.
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true
+
+%layer (arg: (s32[], bf16[16,128])) -> (s32[], bf16[16,128]) {
+  %arg = (s32[], bf16[16,128]{1,0}) parameter(0)
+  %gathered = bf16[64,128]{1,0} all-gather(%shard), channel_id=1, dimensions={0}
+  ROOT %out = (s32[], bf16[16,128]{1,0}) tuple(%i, %x)
+}
+
+%layer_condition (arg.1: (s32[], bf16[16,128])) -> pred[] {
+  %five = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %five), direction=LT
+}
+
+%micro (arg.2: (s32[], bf16[16,128])) -> (s32[], bf16[16,128]) {
+  %layers = (s32[], bf16[16,128]{1,0}) while(%start), condition=%layer_condition, body=%layer, \
+backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %scattered = f32[8,128]{1,0} reduce-scatter(%g), channel_id=2, to_apply=%add
+}
+
+%micro_condition (arg.3: (s32[], bf16[16,128])) -> pred[] {
+  %three = s32[]{:T(128)} constant(3)
+  ROOT %less.1 = pred[] compare(%i, %three), direction=LT
+}
+
+ENTRY %main (p: bf16[16,128]) -> f32[] {
+  %micros = (s32[], bf16[16,128]{1,0}) while(%start), condition=%micro_condition, body=%micro
+  %begun = (f32[256]{0}, f32[256]{0}) all-reduce-start(%norms), channel_id=3, to_apply=%add
+  %ended = f32[256]{0} all-reduce-done(%begun)
+  ROOT %norm = f32[] all-reduce(%square), channel_id=4, to_apply=%add
+}
+"""
+
+
+def test_collectives_in_loops_count_as_often_as_the_loops_run():
+    assert collectives(PROGRAM) == {
+        "all-gather": (15, 15 * 64 * 128 * 2),
+        "all-reduce": (2, 256 * 4 + 4),
+        "reduce-scatter": (3, 3 * 8 * 128 * 4),
+    }
+
+
+@pytest.mark.parametrize("name", ["v9:4x4", "v5e", "v5e:", "v5e:4xx4", "h100:8;"])
+def test_unknown_topologies_list_the_known_ones(name):
+    with pytest.raises(ValueError, match="is not known; give one like v5e:4x4, v5p:2x2x1, v6e:4x4, h100:8"):
+        topology(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "install"),
+    [("v5e:4x4", "libtpu", "libtpu"), ("h100:8", "jax_cuda13_plugin", "jax-cuda13-plugin jax-cuda13-pjrt")],
+)
+def test_an_absent_compiler_is_named(name, package, install):
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(ValueError, match=rf"the compiler for {name} cannot be used \(.*\); pip install {install}"):
+        topology(name)
+
+
+def test_unknown_models_list_the_known_ones():
+    with pytest.raises(ValueError, match=r"'Qwen/Qwen3-5B' is not known here; .* Qwen/Qwen3-4B, "):
+        model_config("Qwen/Qwen3-5B")
+    assert 4.0e9 < model_config("Qwen/Qwen3-4B").parameters < 4.1e9
+
+
+def test_the_report_says_by_how_much_it_does_not_fit():
+    plan = Plan(MACHINES["v5e"], 4 * GIB, 8 * GIB, 5 * GIB, 17 * GIB, 197e12, 819e8, {"all-gather": (72, 400 * 10**9)})
+    text = report("4B", plan, tokens=65536, devices=16)
+    assert "4B: does not fit, 1.00 GiB too much" in text
+    assert "all-gather          72 a step, 400.00 GB" in text
+    assert "bound by links: at best 2000.0 ms a step, 32,768 tokens/s on 16 devices" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_plan_accounts_for_every_array_of_a_step(monkeypatch, lora):
+    """On devices that are here: what the compiler says is what parameters and moments come to."""
+    import jax
+
+    monkeypatch.setattr("pd_jax.plan.topology", lambda name: (MACHINES["v5e"], jax.devices()[:2]))
+    flags = PlanFlags(batch_size=2, branch_count=2, seq_length=8, use_lora=lora, lora_r=2, mesh=(1, 2, 1))
+    config = tiny.config()
+    plan = plan_training(flags, config)
+    _, state, frozen = compile_train_step(flags, config, jax.devices()[:2])
+    assert jax.tree.leaves(frozen) if lora else not frozen
+    own = sum(leaf.size for leaf in jax.tree.leaves(state["trained"]))
+    assert (own < config.parameters / 4) if lora else (own == config.parameters)
+    assert plan.peak >= plan.parameters + plan.optimizer + plan.temporaries
+    assert plan.parameters + plan.optimizer < (2.5 if lora else 12) * config.parameters * (0.75 if not lora else 1)
+    assert plan.collectives
