@@ -179,12 +179,12 @@ def make_document(rng: random.Random) -> str:
 
 
 def make_article(number: int, held_out: bool, rng: random.Random) -> dict[str, Any]:
-    """One context of four to six facts and three or four questions, an article in SQuAD's format."""
+    """One context of three to five facts and three or four questions, an article in SQuAD's format."""
     language = rng.choice((ENGLISH, CHINESE))
-    facts = make_facts(language, rng.randint(4, 6), held_out, rng)
+    facts = make_facts(language, rng.randint(3, 5), held_out, rng)
     context = language.space.join(fact.sentence for fact in facts)
     questions = []
-    for place, fact in enumerate(rng.sample(facts, rng.randint(3, 4))):
+    for place, fact in enumerate(rng.sample(facts, min(len(facts), rng.randint(3, 4)))):
         # The place of the value inside its own sentence: it may occur in another one too.
         start = context.index(fact.sentence) + fact.sentence.rindex(fact.value)
         answer = {"text": fact.value, "answer_start": start}
