@@ -1,9 +1,11 @@
 """ParallelDecoder: samples become rows, rows are decoded column by column (`pd_jax.loop`), ids become text."""
 
+import logging
 import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pd_jax.checkpoint import find_model, load_config, load_eos_ids, load_params, load_tokenizer
 from pd_jax.columns import Coordinates, Visibility, check_visibility
@@ -21,8 +24,11 @@ from pd_jax.loop import BLOCK, Program, Prompt, cache_bytes, decode_block, enlar
 from pd_jax.lora import load_adapter, merge_kernel
 from pd_jax.model import Params
 from pd_jax.sampling import Method, SamplingParams
+from pd_jax.sharding import check_model, param_shardings
 
 __all__ = ["BranchResult", "Event", "ParallelDecoder", "Result", "SamplingParams"]
+
+log = logging.getLogger(__name__)
 
 FinishReason = Literal["eos", "length", "stop"]
 DTYPES = ("float32", "bfloat16")
@@ -114,6 +120,17 @@ def _check_settings(dtype: str, visibility: str, align: str) -> None:
         raise ValueError(f"align {align!r} is not one of {', '.join(ALIGNMENTS)}")
 
 
+def _check_mesh(config: ModelConfig, mesh: Mesh | None) -> None:
+    if mesh is None:
+        return
+    if mesh.size != mesh.shape["tensor"]:
+        raise ValueError(
+            f"the mesh {dict(mesh.shape)} splits rows or hidden dimensions; decoding splits heads only: "
+            "use make_mesh(data=1, fsdp=1, tensor=-1)"
+        )
+    check_model(config, mesh)
+
+
 def _sampling(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
     if params is not None and options:
         raise ValueError(f"params and {', '.join(options)} were both given; put everything into params")
@@ -185,7 +202,9 @@ class ParallelDecoder:
 
     `params` as in `pd_jax.model`, of `config` (or as `unstack` has left them); `eos_ids` end a branch. dtype: of
     weights, activations and cache, "float32" or "bfloat16". visibility and align as in `pd_jax.columns` and
-    `pd_jax.layout`; they should be those of the training. Raises `ValueError` for one that is not known.
+    `pd_jax.layout`; they should be those of the training. mesh, of `pd_jax.sharding.make_mesh(1, 1, -1)`: weights and
+    cache are split over its devices by heads, mlp and vocabulary. Raises `ValueError` for a setting that is not known
+    and for a mesh that does not divide the model.
     """
 
     def __init__(
@@ -198,11 +217,15 @@ class ParallelDecoder:
         dtype: str = "float32",
         visibility: Visibility = "columns",
         align: Align = "left",
+        mesh: Mesh | None = None,
     ) -> None:
         _check_settings(dtype, visibility, align)
+        _check_mesh(config, mesh)
         self.config, self.tokenizer, self.eos_ids = config, tokenizer, tuple(eos_ids)
-        self.dtype, self.visibility, self.align = dtype, visibility, align
+        self.dtype, self.visibility, self.align, self.mesh = dtype, visibility, align, mesh
         done = isinstance(params["layers"], list)
+        if mesh is not None and not done:
+            params = jax.device_put(params, param_shardings(config, mesh))
         self._weights = params if done else unstack({**params, "layers": dict(params["layers"])}, dtype)
         # A model has more rows than its tokenizer has tokens; the rows beyond were never trained.
         known = set(tokenizer.get_vocab().values())
@@ -218,24 +241,28 @@ class ParallelDecoder:
         align: Align = "left",
         pair_indices: Sequence[int] | None = None,
         local_files_only: bool = False,
+        mesh: Mesh | None = None,
     ) -> "ParallelDecoder":
         """From a Hugging Face directory, a hub id or a pd_jax checkpoint; `adapter` is a directory merged into it.
 
-        pair_indices: for weights that do not say with which RoPE pairs they were trained. Raises `ValueError` when
-        something is missing or contradicts what is stored.
+        pair_indices: for weights that do not say with which RoPE pairs they were trained. With a mesh every device
+        reads its own part of the weights. Raises `ValueError` when something is missing or contradicts what is stored.
         """
         _check_settings(dtype, visibility, align)
         directory = find_model(str(path_or_hub_id), local_files_only)
         extra = None if adapter is None else find_model(str(adapter), local_files_only)
         config = load_config(directory, pair_indices, extra)
+        _check_mesh(config, mesh)
         tokenizer = load_tokenizer(directory)
         eos_ids = load_eos_ids(directory, tokenizer)
-        params = load_params(directory, config, jnp.dtype(dtype))
+        shardings = None if mesh is None else param_shardings(config, mesh)
+        params = load_params(directory, config, jnp.dtype(dtype), shardings)
         if extra is not None:
             adapters, lora = load_adapter(extra, config, directory)
             for name, part in adapters.items():
                 params["layers"][name] = merge_kernel(params["layers"][name], part, name, lora)
-        return cls(config, unstack(params, dtype), tokenizer, eos_ids, dtype=dtype, visibility=visibility, align=align)
+        settings: dict[str, Any] = {"dtype": dtype, "visibility": visibility, "align": align, "mesh": mesh}
+        return cls(config, unstack(params, dtype), tokenizer, eos_ids, **settings)
 
     def generate(
         self, samples: Sequence[Sample | TokenSample], *, params: SamplingParams | None = None, **options: Any
@@ -282,8 +309,13 @@ class ParallelDecoder:
         width = ((0, 0), (0, bucket(size, SMALLEST_ROW) - size))
         arrays = {name: np.pad(array, width) for name, array in arrays.items()}
         program = Program(self.config, self.visibility, Method())
-        out = row_logits(self._weights, arrays["tokens"], Coordinates.of(arrays), program=program)
+        with self._placed():
+            out = row_logits(self._weights, arrays["tokens"], Coordinates.of(arrays), program=program)
         return np.asarray(out)[:, :size]
+
+    def _placed(self) -> AbstractContextManager:
+        """Programs are compiled for the mesh; entered for every call alone, a generator would leak it to its user."""
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _tokenise(self, samples: Sequence[Sample | TokenSample]) -> list[TokenSample]:
         def ids(text: str) -> tuple[int, ...]:
@@ -314,8 +346,11 @@ class ParallelDecoder:
                 f"max_position_embeddings {most}; shorten the background or lower max_new_tokens"
             )
         (s, t), n = prompt.tokens.shape, prompt.last.shape[1]
-        needed = cache_bytes(self.config, s, t, n, bucket(int(prompt.limit.max()), BLOCK), self.dtype)
-        free = _free_bytes(next(iter(self._weights["embed"].devices())))
+        columns = bucket(int(prompt.limit.max()), BLOCK)
+        devices = self._weights["embed"].devices()
+        needed = cache_bytes(self.config, s, t, n, columns, self.dtype) // len(devices)
+        log.info("cache of %d rows x (%d tokens + %d columns x %d): %.1f MiB", s, t, columns, n, needed / 2**20)
+        free = _free_bytes(next(iter(devices)))
         if needed > free:
             raise ValueError(
                 f"the cache takes {needed / 2**30:.1f} GiB, the device has {free / 2**30:.1f} GiB left; pass fewer "
@@ -336,7 +371,8 @@ class ParallelDecoder:
         decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         transcripts = [[_Transcript(decode, self.eos_ids, limit, params.stop) for limit in row] for row in limits]
         slots, branches, room = prompt.tokens.shape[1], prompt.last.shape[1], BLOCK
-        state, token = prefill(self._weights, controls, prompt, program=program, room=room)
+        with self._placed():
+            state, token = prefill(self._weights, controls, prompt, program=program, room=room)
         columns = np.asarray(token)[None]
         count = 0  # columns chosen; all but the last have been fed
         while True:
@@ -354,7 +390,9 @@ class ParallelDecoder:
                 return
             if count > room:
                 room = bucket(min(4 * room, int(prompt.limit[~ended].max()) - 1), BLOCK)
-                state = enlarge(state, slots + room * branches)
+                with self._placed():
+                    state = enlarge(state, slots + room * branches)
             until = min(count + every, room + 1)
-            state, block = decode_block(self._weights, controls, state, ended, np.int32(until), program=program)
+            with self._placed():
+                state, block = decode_block(self._weights, controls, state, ended, np.int32(until), program=program)
             columns = np.asarray(block)[: until - count]

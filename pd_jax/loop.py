@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from pd_jax.attention import make_attention
 from pd_jax.columns import Coordinates, Visibility, column_mask, rope_tables, sibling_mask
@@ -113,6 +114,13 @@ def _linear(x: Array, name: str, layer: Params, head_dim: int) -> Array:
 
 
 # --- one forward: of whole rows, of one column
+def _by_heads(array: Array) -> Array:
+    """[S, K, C, H] split over the kv heads, where there is a mesh (`jax.set_mesh`)."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return array
+    return jax.lax.with_sharding_constraint(array, P(None, "tensor", None, None))
+
+
 def cached_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | None = None) -> Array:
     """`attention.dense_attention` for a few queries over a heads-major cache, the branches folded into the GQA rows.
 
@@ -175,7 +183,7 @@ def feed(weights: Params, program: Program, state: State) -> tuple[State, Array]
         def attend(q: Array, k: Array, v: Array, sibling_bias: Array | None = None, old=old) -> Array:
             # Written first, attended then: the other way round XLA copies the cache.
             k, v = (
-                jax.lax.dynamic_update_slice(past, new.swapaxes(1, 2), (0, 0, state.slot, 0))
+                _by_heads(jax.lax.dynamic_update_slice(past, new.swapaxes(1, 2), (0, 0, state.slot, 0)))
                 for past, new in zip(old, (k, v), strict=True)
             )
             cache.append((k, v))
@@ -240,7 +248,7 @@ def start(weights: Params, program: Program, prompt: Prompt, seed: Array, room: 
         key = jax.vmap(jax.vmap(partial(jax.random.fold_in, jax.random.key(seed, impl="threefry2x32"))))(prompt.stream)
 
     state = State(
-        cache=[(widen(k.swapaxes(1, 2), 2), widen(v.swapaxes(1, 2), 2)) for k, v in kept],
+        cache=[(_by_heads(widen(k.swapaxes(1, 2), 2)), _by_heads(widen(v.swapaxes(1, 2), 2))) for k, v in kept],
         coordinates=jax.tree.map(lambda array: widen(array, 1), where),
         slot=jnp.int32(t),
         count=jnp.int32(0),

@@ -56,7 +56,8 @@ def compiled(function: Callable, *arrays: Any) -> Contender:
     import jax
 
     program = jax.jit(function).lower(*arrays).compile()
-    memory = program.memory_analysis().temp_size_in_bytes / 1e6
+    analysis: Any = program.memory_analysis()
+    memory = analysis.temp_size_in_bytes / 1e6
     return Contender(lambda: jax.block_until_ready(program(*arrays)), memory)
 
 
@@ -258,6 +259,9 @@ class DecodeFlags:
     background: tuple[int, ...] = flag((128, 1024), "tokens of the background")
     prompt: int = flag(16, "tokens of every branch's prompt", minimum=1)
     new_tokens: tuple[int, ...] = flag((32,), "tokens that every branch answers; no branch ends earlier")
+    visibility: tuple[Literal["columns", "isolated", "prompts"], ...] = flag(
+        ("columns", "isolated"), "what of this project is timed; isolated is decoded without waiting"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "auto: float32 on a CPU, bfloat16 elsewhere")
     transformers: bool = flag(True, "compare with transformers.generate where torch is installed")
     threads: int = flag(1, "on a CPU: 1 counts the process's own time, more the clock's", minimum=1)
@@ -326,13 +330,15 @@ def decode(flags: DecodeFlags) -> None:
     dtype = flags.dtype if flags.dtype != "auto" else "float32" if on_cpu else "bfloat16"
     config, rng = shape_of(flags.model), np.random.default_rng(0)
     params = init_params(config, jax.random.key(0, impl="rbg"), dtype)
-    torch = import_torch(flags.threads) if flags.transformers else None
-    theirs = None if torch is None else in_transformers(config, params, dtype, "cpu" if on_cpu else "cuda")
+    torch: Any = import_torch(flags.threads) if flags.transformers else None
+    theirs: Any = None if torch is None else in_transformers(config, params, dtype, "cpu" if on_cpu else "cuda")
     weights = unstack(params, dtype)
     never = (config.vocab_size,)
     tokenizer = tokens_only(config.vocab_size)
-    ours = ParallelDecoder(config, weights, tokenizer, never, dtype=dtype)
-    alone = ParallelDecoder(config, weights, tokenizer, never, dtype=dtype, visibility="isolated", align="ragged")
+    ours = {}
+    for name in flags.visibility:
+        align = "ragged" if name == "isolated" else "left"
+        ours[name] = ParallelDecoder(config, weights, tokenizer, never, dtype=dtype, visibility=name, align=align)
 
     def generate(ids: list[list[int]], new: int) -> Any:
         given = torch.tensor(ids, device=theirs.device)
@@ -348,7 +354,7 @@ def decode(flags: DecodeFlags) -> None:
         for new in sorted({1, *flags.new_tokens}):
             for n in sorted({1, *flags.branches}):
                 sample = TokenSample(background, [Branch(ids) for ids in prompts[:n]])
-                for name, decoder in (("columns", ours), ("isolated", alone)):
+                for name, decoder in ours.items():
                     call = partial(decoder.generate, [sample], max_new_tokens=new)
                     contenders[name, n, new] = Contender(call)
                 if theirs is not None:
@@ -357,9 +363,9 @@ def decode(flags: DecodeFlags) -> None:
         seconds = fastest(contenders, flags.repeat, cpu_time)
         for new in flags.new_tokens:
             # One by one takes n times what one branch takes; its fastest call, n times.
-            single = {"one by one": "isolated", THEIRS[0]: THEIRS[1]}
+            single = {"one by one": flags.visibility[-1], THEIRS[0]: THEIRS[1]}
             for n in flags.branches:
-                for name in ("columns", "isolated", "one by one", *(THEIRS if theirs is not None else ())):
+                for name in (*ours, "one by one", *(THEIRS if theirs is not None else ())):
                     key, times = ((single[name], 1), n) if name in single else ((name, n), 1)
                     whole, first = times * seconds[*key, new], times * seconds[*key, 1]
                     column = (whole - first) / max(new - 1, 1)
@@ -416,7 +422,10 @@ def decode(flags: DecodeFlags) -> None:
         Path(flags.output).write_text(json.dumps(about, indent=2) + "\n")
 
 
-COMMANDS = {"attention": (AttentionFlags, attention), "decode": (DecodeFlags, decode)}
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "attention": (AttentionFlags, attention),
+    "decode": (DecodeFlags, decode),
+}
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
     python scripts/demo.py --model-name ./adapter --base-model Qwen/Qwen3-4B --background "..." --questions "..." "..."
 """  # fmt: skip
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -47,6 +48,7 @@ class Flags:
     temperature: float = flag(1.0, "divides the logits when sampling", group="decoding")
     repetition_penalty: float = flag(1.0, "above 1: what a branch has said gets less likely", group="decoding")
     seed: int = flag(0, "of the random numbers", group="decoding", minimum=0)
+    verbose: bool = flag(False, "say how large the cache is", group="output")
     show_linear: bool = flag(False, "print the prompts column by column, as the model reads them", group="output")
 
 
@@ -130,6 +132,9 @@ def answer(decoder: "ParallelDecoder", sample: "Sample", params: "SamplingParams
 
 def main() -> None:
     flags = parse(Flags, description=__doc__)
+    if flags.verbose:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("pd_jax").setLevel(logging.INFO)
     from pd_jax import SamplingParams  # after parsing: --help does not wait
 
     # What can be wrong with the flags is found before the model is read.

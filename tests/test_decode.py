@@ -18,8 +18,9 @@ from pd_jax.config import LoraConfig
 from pd_jax.decode import _prompt, _Transcript
 from pd_jax.layout import ALIGNMENTS, Branch, TokenSample, answer_columns
 from pd_jax.loop import BLOCK, Program, cache_bytes, decode_block, feed, prefill, start
-from pd_jax.model import init_params
+from pd_jax.model import PROJECTIONS, init_params
 from pd_jax.sampling import Controls, Method, cut, distribution, draw
+from pd_jax.sharding import make_mesh
 from pd_jax.weights import write_params
 
 PAIRED = tiny.config(tie_word_embeddings=False, sibling_bias=True)
@@ -417,6 +418,40 @@ def test_bfloat16():
     valid = half.layout(ASKED).valid
     assert 0 < np.abs(close[valid]).max() < 0.2
     assert len(half.generate(ASKED, max_new_tokens=4)[0].branches[0].token_ids) == 4
+
+
+# --- several devices
+@pytest.mark.slow
+def test_a_model_over_eight_devices_says_the_same(tmp_path, monkeypatch):
+    shape = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 8, "pair_indices": (2, 4)}
+    config, source = tiny.config(**shape), tiny.model_directory(tmp_path / "source", **shape)
+    save_model(tmp_path / "model", params(config), config, source)
+    mesh = make_mesh(1, 1, 8)
+    ours = ParallelDecoder.from_pretrained(tmp_path / "model", mesh=mesh, local_files_only=True)
+    for weights in (ours._weights, decoder(config, mesh=mesh)._weights):
+        layer = weights["layers"][0]
+        split = {name for name, w in layer.items() if {s.data.size for s in w.addressable_shards} == {w.size // 8}}
+        assert split == set(PROJECTIONS)
+        assert {s.data.shape for s in weights["embed"].addressable_shards} == {(336 // 8, 48)}
+    expected = decoder(config, ours.eos_ids).generate(ASKED, max_new_tokens=40)
+    heads = set()
+
+    def spy(*args, **kwargs):
+        state, out = decode_block(*args, **kwargs)
+        heads.update(s.data.shape[1] for pair in state.cache for array in pair for s in array.addressable_shards)
+        return state, out
+
+    monkeypatch.setattr(pd_jax.decode, "decode_block", spy)
+    assert ours.generate(ASKED, max_new_tokens=40) == expected
+    assert heads == {1}  # of 8, also after the cache has grown
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"), [((1, 2, 4), "decoding splits heads only"), ((1, 1, 8), "num_attention_heads 4 by tensor 8")]
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        decoder(PLAIN, mesh=make_mesh(*sizes))
 
 
 # --- directories
