@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ class StopSignal:
 
 
 @contextmanager
-def stop_signal() -> Iterator[StopSignal]:
+def stop_signal() -> Generator[StopSignal]:
     stop = StopSignal()
     numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
     before = [signal.signal(number, stop) for number in numbers]

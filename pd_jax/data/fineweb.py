@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub
+from datasets.exceptions import DatasetGenerationError
 
 from pd_jax.layout import Branch, TokenSample
 
@@ -38,7 +39,7 @@ def load_documents(
                 # A snapshot in the cache is found by its path only; by name, `datasets` asks the hub first.
                 name = huggingface_hub.snapshot_download(name, repo_type="dataset", local_files_only=True)
             documents = datasets.load_dataset(name, config, split=split, streaming=streaming)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, ValueError, DatasetGenerationError) as error:
         cause = str(error.__cause__ or error).split("\n")[0]
         raise ValueError(
             f"documents {name!r} cannot be loaded ({cause}); pass --dataset-name a file (.jsonl, .jsonl.gz, .json, "
