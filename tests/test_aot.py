@@ -3,6 +3,8 @@
 Needs libtpu, or jax-cuda13-plugin with jax-cuda13-pjrt, of jax's version beside jax; nothing runs on a device.
 """
 
+import dataclasses
+import math
 import re
 from functools import cache, partial
 
@@ -15,9 +17,11 @@ from jax.sharding import PartitionSpec as P
 
 from pd_jax.columns import Coordinates
 from pd_jax.config import ModelConfig
+from pd_jax.loop import BLOCK, Program, Prompt, decode_block, prefill, unstack
 from pd_jax.loss import weighted_nll
 from pd_jax.model import forward, head, init_params
-from pd_jax.plan import topology
+from pd_jax.plan import model_config, topology
+from pd_jax.sampling import Method, SamplingParams
 
 pytestmark = pytest.mark.aot
 ROWS, TOKENS = 2, 4096
@@ -48,8 +52,9 @@ def mesh(platform: str, devices: int = 1) -> Mesh:
     return Mesh(np.array(chips[:devices]).reshape(devices, 1), ("data", "tensor"))
 
 
-def compile_for(platform: str, function, *shapes, devices: int = 1):
-    """`function` compiled for arrays of `shapes`, trees of ShapeDtypeStruct; rows over the devices."""
+def compile_for(platform: str, function, *shapes, devices: int = 1, donate: int | None = None):
+    """`function` compiled for arrays of `shapes`, trees of ShapeDtypeStruct; rows over the devices. The argument
+    `donate` is donated."""
     chips = mesh(platform, devices)
 
     def place(leaf):
@@ -58,7 +63,7 @@ def compile_for(platform: str, function, *shapes, devices: int = 1):
 
     arrays = jax.tree.map(place, shapes)
     with jax.set_mesh(chips):
-        return jax.jit(function).trace(*arrays).lower(lowering_platforms=(platform,)).compile()
+        return jax.jit(function, donate_argnums=donate).trace(*arrays).lower(lowering_platforms=(platform,)).compile()
 
 
 def step_program(platform: str, backend: str, devices: int = 1):
@@ -123,3 +128,63 @@ def test_the_chunked_loss_saves_the_logits_of_a_whole_vocabulary(platform):
     whole, chunked = memory(tokens), memory(1024)
     assert whole - chunked > 6.0 * 2**30
     assert chunked < 3 * 2**30
+
+
+# --- decoding
+STAGED = "libtpu stages a cache of a few MB in vector memory and writes all of it back in every column"
+
+
+def decoder_program(platform: str):
+    """A block of 16 branches over 1,024 tokens, Qwen3-4B's shape with two layers; and the bytes of its smallest weight
+    matrix or cache array."""
+    config = dataclasses.replace(model_config("Qwen/Qwen3-4B"), num_hidden_layers=2)
+    program = Program(config, "columns", Method())
+    weights = jax.eval_shape(lambda key: unstack(init_params(config, key, jnp.bfloat16), "bfloat16"), jax.random.key(0))
+    row, branch = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (1024, 16))
+    flag = jax.ShapeDtypeStruct((1, 1024), jnp.bool_)
+    given = jax.ShapeDtypeStruct((1, 16, 0), jnp.int32)
+    stream = jax.ShapeDtypeStruct((1, 16), jnp.uint32)
+    prompt = Prompt(row, Coordinates(row, row, row, flag, flag), branch, branch, given, branch, branch, stream)
+    controls = SamplingParams().controls((1,), jax.ShapeDtypeStruct((config.vocab_size,), jnp.bool_))
+    controls = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), controls)
+    state, _ = jax.eval_shape(partial(prefill, program=program, room=4 * BLOCK), weights, controls, prompt)
+    ended, until = jax.ShapeDtypeStruct((1, 16), jnp.bool_), jax.ShapeDtypeStruct((), jnp.int32)
+    block = partial(decode_block.__wrapped__, program=program)
+    large = jax.tree.leaves((weights["layers"], state.cache))
+    least = min(x.size * x.dtype.itemsize for x in large if x.ndim > 1)
+    return compile_for(platform, block, weights, controls, state, ended, until, donate=2), least
+
+
+def copies(program, least: int) -> list[str]:
+    """Copies and transposes of at least so many bytes; not those of a TPU into its vector memory, `S(1)`."""
+    sizes = {"pred": 1, "bf16": 2, "f32": 4, "s32": 4}
+    found = re.findall(r"= \(?(\w+)\[([\d,]+)\](\S*).* (?:copy|copy-start|transpose)\(", program.as_text())
+    return [
+        f"{kind}[{shape}]"
+        for kind, shape, layout in found
+        if "S(1)" not in layout and math.prod(map(int, shape.split(","))) * sizes.get(kind, 4) >= least
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cuda", pytest.param("tpu", marks=pytest.mark.xfail(strict=True, reason=STAGED))])
+def test_decoding_copies_neither_weights_nor_cache(platform):
+    program, least = decoder_program(platform)
+    assert " while(" in program.as_text()
+    assert copies(program, least) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_search_for_copies_finds_those_of_a_cache_that_is_read_after_it_is_written(platform):
+    def loop(cache, new):
+        def step(_, carry):
+            cache, total = carry
+            written = jax.lax.dynamic_update_slice(cache, new + total[0, 0], (0, 0))
+            return written, total + new @ (cache @ written.T)[: new.shape[1]]
+
+        return jax.lax.fori_loop(0, 9, step, (cache, jnp.zeros((16, 4096), jnp.bfloat16)))
+
+    cache, new = (jax.ShapeDtypeStruct((n, 4096), jnp.bfloat16) for n in (4096, 16))
+    program = compile_for(platform, loop, cache, new, donate=0)
+    assert copies(program, 4096 * 4096 * 2)
