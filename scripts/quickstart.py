@@ -35,7 +35,7 @@ def train(out: Path) -> None:
 
     world = out / "world"
     if not (world / "dev.json").is_file():
-        write_world(world, documents=2000, train=10000, dev=48)
+        write_world(world, documents=2000, train=7500, dev=48)
     pretrain(
         PretrainFlags(
             model_name=str(BASE),
@@ -58,7 +58,7 @@ def train(out: Path) -> None:
             max_length=192,
             batch_size=12,
             learning_rate=1.5e-3,
-            max_steps=400,
+            max_steps=300,
         )
     )
 
