@@ -14,7 +14,7 @@ from pd_jax.data.synthetic import CHINESE, ENGLISH
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("world")
-    synthetic.write_world(directory, documents=60, train=300, dev=60)
+    synthetic.write_world(directory, documents=60, train=300, dev=120)
     return directory
 
 
@@ -37,8 +37,8 @@ def _people(text: str) -> set[str]:
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(world, tmp_path):
-    synthetic.write_world(tmp_path / "again", documents=60, train=300, dev=60)
-    synthetic.write_world(tmp_path / "other", documents=60, train=300, dev=60, seed=1)
+    synthetic.write_world(tmp_path / "again", documents=60, train=300, dev=120)
+    synthetic.write_world(tmp_path / "other", documents=60, train=300, dev=120, seed=1)
     for name in ("documents.jsonl", "train.json", "dev.json"):
         assert (world / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
         assert (world / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
