@@ -16,7 +16,7 @@ def weighted_nll(hidden: Array, head: Array, targets: Array, weights: Array, chu
     d = hidden.shape[-1]
     hidden, targets, weights = hidden.reshape(-1, d), targets.reshape(-1), weights.reshape(-1)
     tokens = hidden.shape[0]
-    chunk = min(chunk, tokens)
+    chunk = -(-tokens // -(-tokens // chunk))  # as many chunks as needed, of equal size: little padding
     padding = -tokens % chunk
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, d)
     targets = jnp.pad(targets, (0, padding)).reshape(-1, chunk)
