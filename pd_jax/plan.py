@@ -26,7 +26,7 @@ from pd_jax.lora import adapter_shapes
 from pd_jax.model import init_params
 from pd_jax.monitor import flops_per_token
 from pd_jax.sharding import SPECS, check_batch, check_model, make_mesh, param_shardings
-from pd_jax.train import abstract_state, make_optimizer, make_step
+from pd_jax.train import abstract_state, make_optimizer, make_step, placed
 
 # layers, hidden, mlp, heads, kv heads, tied: from the models' config.json; head_dim 128, vocabulary 151,936, theta 1e6.
 QWEN3 = {
@@ -130,9 +130,6 @@ def compile_train_step(flags: PlanFlags, config: ModelConfig, devices: list[Any]
     optimizer, _ = make_optimizer(run, 1000)
     here, shardings = NamedSharding(mesh, P()), param_shardings(config, mesh)
     weights = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-
-    def placed(shapes: Any, places: Any, dtype: Any) -> Any:
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, places)
 
     if lora is None:
         frozen, state = {}, abstract_state(weights, shardings, optimizer, mesh)

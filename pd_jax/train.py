@@ -42,12 +42,12 @@ from pd_jax.sharding import SPECS, check_batch, check_model, make_mesh, param_sh
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from; everything in it has been checked. `base` is the name and the fingerprint of the frozen
-    model of a LoRA run."""
+    """What a run starts from; everything in it has been checked. `adapters` are those of --adapter; `base` is the name
+    and the fingerprint of the frozen model of a LoRA run."""
 
     directory: Path
     config: ModelConfig
-    adapter: Path | None
+    adapters: Params | None
     lora: LoraConfig | None
     base: dict[str, str] | None
     tokenizer: Any
@@ -179,9 +179,9 @@ def prepare(flags: TrainFlags) -> Start:
     mesh = make_mesh(*flags.mesh)
     check_model(config, mesh)
     check_batch(flags.batch_size, mesh)
-    lora = None
+    adapters = lora = None
     if adapter is not None:
-        lora = load_adapter(adapter, config, directory)[1]  # rank and scale are those of the adapter
+        adapters, lora = load_adapter(adapter, config, directory)  # rank and scale are those of the adapter
     elif flags.use_lora:
         lora = LoraConfig(flags.lora_r, flags.lora_alpha, flags.lora_dropout, flags.lora_target_modules)
     if lora is not None and flags.sibling_bias:
@@ -198,7 +198,7 @@ def prepare(flags: TrainFlags) -> Start:
     return Start(
         directory=directory,
         config=config,
-        adapter=adapter,
+        adapters=adapters,
         lora=lora,
         base=base,
         tokenizer=tokenizer,
@@ -296,12 +296,9 @@ def load_weights(start: Start, flags: TrainFlags, dtype: Any) -> Params:
     return load_params(start.directory, start.config, dtype, shardings)
 
 
-def load_adapters(start: Start, flags: TrainFlags) -> Params:
-    """The starting adapters: fresh ones, or those of --adapter."""
-    assert start.lora is not None
-    if start.adapter is None:
-        return init_adapters(start.config, start.lora, jax.random.key(flags.seed))
-    return load_adapter(start.adapter, start.config)[0]
+def placed(shapes: Any, places: Any, dtype: Any = None) -> Any:
+    """The abstract arrays of a tree of shapes in a tree of shardings, all of `dtype` if one is given."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), shapes, places)
 
 
 def abstract_state(trained: Params, shardings: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> Params:
@@ -312,9 +309,6 @@ def abstract_state(trained: Params, shardings: Params, optimizer: optax.Gradient
     opt_shardings = optax.tree_utils.tree_map_params(
         optimizer, lambda _, s: s, opt, shardings, transform_non_params=lambda _: here
     )
-
-    def placed(shapes: Any, places: Any) -> Any:
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
 
     return {
         "trained": placed(trained, shardings),
@@ -341,7 +335,9 @@ def train(
     # -- everything that can be wrong with the call is known by now; from here on files are written
     output = Path(flags.output_dir)
     trace = Trace(flags.profile, output / "profile")
-    adapters = None if start.lora is None else load_adapters(start, flags)
+    adapters = start.adapters
+    if start.lora is not None and adapters is None:
+        adapters = init_adapters(start.config, start.lora, jax.random.key(flags.seed))
     write_run(flags, start.base, finished=False)
 
     # -- step and state
