@@ -282,3 +282,13 @@ def save_model(directory: Path, params: Params, config: ModelConfig, source: Pat
     with staging(directory) as stage:
         save_params(stage, params)
         write_metadata(stage, config.to_hf(read_config_json(source)), source, params["embed"].dtype)
+
+
+def write_untrained(directory: Path, config: ModelConfig, tokenizer: Any) -> None:
+    """A model directory without weights, for --random-init: config.json, without our settings, and the tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(directory)
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    plain = {key: value for key, value in config.to_hf().items() if key != SECTION}
+    for name, content in (("generation_config.json", special), ("config.json", plain | special | {"dtype": "float32"})):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -190,7 +190,7 @@ def _machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
-        "cpus": os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
 
 

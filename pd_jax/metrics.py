@@ -12,6 +12,7 @@ import numpy as np
 from pd_jax.data.squad import Context
 
 RESAMPLES = 2000  # bootstrap draws
+FEWEST = 10  # contexts for an interval; a bootstrap of fewer is too narrow
 
 CMRC_PUNCTUATION = "-:_*^/\\~`+=，。：？！“”；’《》…·、「」（）－～『』"
 
@@ -100,7 +101,9 @@ def estimate(scores: np.ndarray, context: np.ndarray, reference: int, seed: int)
     means = 100 * (sums @ draws.T) / (counts @ draws.T)  # [rows, RESAMPLES]
     value = 100 * sums.sum(axis=1) / counts.sum()
 
-    def interval(drawn: np.ndarray) -> list[float]:
+    def interval(drawn: np.ndarray) -> list[float] | None:
+        if len(counts) < FEWEST:
+            return None
         return [float(x) for x in np.percentile(drawn, (2.5, 97.5))]
 
     return [

@@ -14,8 +14,8 @@ from rich.table import Table
 Rows = dict[str, dict[str, Any]]
 
 FOOTNOTE = (
-    "In brackets: 95 % intervals, paired bootstrap by context. Cost is that of a context with all its questions; on a "
-    "CPU the peak is that of the whole process."
+    "In brackets: 95 % intervals, paired bootstrap by context; none from fewer than 10 contexts. Cost is that of a "
+    "context with all its questions; on a CPU the peak is that of the whole process."
 )
 
 
@@ -27,18 +27,18 @@ def _estimate(part: dict[str, Any], key: str) -> str:
     """`value [low, high]` of one estimate; "-" where no question belongs to the part."""
     if key not in part:
         return "-"
-    low, high = part[key]["interval"]
-    return f"{part[key]['value']:.1f} [{low:.1f}, {high:.1f}]"
+    value, interval = part[key]["value"], part[key]["interval"]
+    return f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else f"{value:.1f}"
 
 
 def _difference(part: dict[str, Any], key: str) -> str:
     if key not in part:
         return "-"
-    low, high = part[key]["difference_interval"]
-    return f"{part[key]['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+    value, interval = part[key]["difference"], part[key]["difference_interval"]
+    return f"{value:+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]" if interval else f"{value:+.1f}"
 
 
-def _tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, header, lines) of every table."""
     summary = results["summary"]
     rows: Rows = summary["rows"]
@@ -65,7 +65,27 @@ def _tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str
         for name, c in ((name, row["cost"]) for name, row in rows.items())
     ]
     header = ["row", "forwards", "columns", "prefill tok", "seconds", "tok/s", "first tok s", "peak MiB", "dead"]
-    branches, places = list(first["by_branches"]), list(first["by_index"])
+
+    def by(part: str, what: str) -> list[tuple[str, list[str], list[list[str]]]]:
+        """EM and F1 by a number; one line a number, the rows side by side, then their differences."""
+        others = [name for name in rows if name != summary["reference"]]
+        return [
+            (
+                f"{key.upper()} % by {what}",
+                [what, "questions", *rows, *(f"{name} {against}" for name in others)],
+                [
+                    [
+                        str(k),
+                        str(group["questions"]),
+                        *(_estimate(row[part][k], key) for row in rows.values()),
+                        *(_difference(rows[name][part][k], key) for name in others),
+                    ]
+                    for k, group in first[part].items()
+                ],
+            )
+            for key in ("em", "f1")
+        ]
+
     return [
         (f"{summary['questions']} questions on {summary['contexts']} contexts", quality, lines(lambda row: row)),
         (
@@ -74,16 +94,8 @@ def _tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str
             lines(lambda row: row["leak_free"]),
         ),
         ("Cost of a context", header, cost),
-        (
-            "EM % by number of branches",
-            ["row", *(f"{k} ({first['by_branches'][k]['questions']})" for k in branches)],
-            [[name, *(_estimate(row["by_branches"][k], "em") for k in branches)] for name, row in rows.items()],
-        ),
-        (
-            "EM % by branch index",
-            ["row", *(f"{k} ({first['by_index'][k]['questions']})" for k in places)],
-            [[name, *(_estimate(row["by_index"][k], "em") for k in places)] for name, row in rows.items()],
-        ),
+        *by("by_branches", "number of branches"),
+        *by("by_index", "branch index"),
     ]
 
 
@@ -91,7 +103,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     """The tables of quality and cost; in a pipe they are as wide as they need to be."""
     if not console.is_terminal:
         console = Console(width=140, file=console.file)
-    for title, header, lines in _tables(results)[:3]:
+    for title, header, lines in tables(results)[:3]:
         table = Table(title=title, title_justify="left")
         for i, name in enumerate(header):
             table.add_column(name, justify="right" if i else "left")
@@ -121,8 +133,8 @@ def _plots(results: dict[str, Any]) -> list[bytes]:
 
     figure, axes = plt.subplots(figsize=(7, 0.5 * len(rows) + 1.2))
     for place, row in enumerate(rows.values()):
-        low, high = row["em"]["interval"]
-        axes.plot([low, high], [place, place], color="tab:blue")
+        if row["em"]["interval"]:
+            axes.plot(row["em"]["interval"], [place, place], color="tab:blue")
         axes.plot(row["em"]["value"], place, "o", color="tab:blue")
     axes.set(
         yticks=range(len(rows)),
@@ -164,7 +176,7 @@ th:first-child, td:first-child { text-align: left } img { max-width: 100%; displ
 def write_report(results: dict[str, Any], path: Path) -> None:
     """One HTML file that needs nothing else."""
     facts = {"flags": results["flags"], **results["machine"], "settings": results["settings"]}
-    parts = [_html_table(*table) for table in _tables(results)]
+    parts = [_html_table(*table) for table in tables(results)]
     pictures = [f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">' for png in _plots(results)]
     notes = [f"<p>Note: {html.escape(note)}.</p>" for note in results["notes"]]
     lines = [[name, json.dumps(value, ensure_ascii=False)] for name, value in facts.items()]

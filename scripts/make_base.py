@@ -5,7 +5,6 @@
 A quarter of an hour on 2 cores. The result replaces scripts/quickstart-base.
 """  # fmt: skip
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +24,15 @@ def make_base(out: Path) -> None:
     """Train the base from random weights: with one branch and no branch pairs, an ordinary language model."""
     import jax.numpy as jnp
 
-    from pd_jax.checkpoint import load_config, load_params, staging, write_metadata
-    from pd_jax.config import SECTION, ModelConfig, read_config_json
+    from pd_jax.checkpoint import load_config, load_params, staging, write_metadata, write_untrained
+    from pd_jax.config import ModelConfig, read_config_json
     from pd_jax.data.synthetic import train_tokenizer, write_documents
     from pd_jax.train import pretrain
     from pd_jax.weights import write_params
 
     start, trained, documents = out / "start", out / "language-model", out / "documents.jsonl"
-    start.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
-    tokenizer.save_pretrained(start)
     config = ModelConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -47,10 +45,7 @@ def make_base(out: Path) -> None:
         tie_word_embeddings=True,
         max_position_embeddings=1024,
     )
-    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    plain = {key: value for key, value in config.to_hf().items() if key != SECTION}
-    for name, content in (("generation_config.json", special), ("config.json", plain | special | {"dtype": "float32"})):
-        (start / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_untrained(start, config, tokenizer)
     write_documents(documents, 16000)
     pretrain(
         PretrainFlags(

@@ -28,39 +28,48 @@ class Flags:
     output_dir: str = flag("./quickstart", "where data, models, results and pictures go")
 
 
-def train(out: Path) -> None:
-    """The world, columnar pretraining and finetuning."""
-    from pd_jax.data.synthetic import write_world
-    from pd_jax.train import finetune, pretrain
-
-    world = out / "world"
-    if not (world / "dev.json").is_file():
-        write_world(world, documents=2000, train=7500, dev=48)
-    pretrain(
+def stages(out: Path) -> tuple[PretrainFlags, FinetuneFlags]:
+    """Columnar pretraining and finetuning of the base on the world."""
+    return (
         PretrainFlags(
             model_name=str(BASE),
             output_dir=str(out / "pretrained"),
-            dataset_name=str(world / "documents.jsonl"),
+            dataset_name=str(out / "world" / "documents.jsonl"),
             sibling_bias=True,
             branch_count=4,
             seq_length=DOCUMENT,
             batch_size=2,
             learning_rate=1e-3,
             max_steps=100,
-        )
-    )
-    finetune(
+        ),
         FinetuneFlags(
             model_name=str(out / "pretrained"),
             output_dir=str(out / "finetuned"),
-            dataset_name=str(world / "train.json"),
+            dataset_name=str(out / "world" / "train.json"),
             max_branches=4,
             max_length=192,
             batch_size=12,
             learning_rate=1.5e-3,
             max_steps=300,
-        )
+        ),
     )
+
+
+def make_world(out: Path) -> None:
+    from pd_jax.data.synthetic import write_world
+
+    if not (out / "world" / "dev.json").is_file():
+        write_world(out / "world", documents=2000, train=7500, dev=48)
+
+
+def train(out: Path) -> None:
+    """The world, columnar pretraining and finetuning."""
+    from pd_jax.train import finetune, pretrain
+
+    make_world(out)
+    pretraining, finetuning = stages(out)
+    pretrain(pretraining)
+    finetune(finetuning)
 
 
 def compare(out: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ of the evaluation can have been seen. Everything follows from one seed.
 
 import json
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,8 +233,11 @@ def _vocabulary_text() -> list[str]:
     return words * 2 + sorted({c for word in words for c in word if not c.isascii()}) * 100
 
 
-def train_tokenizer(vocabulary: int = VOCABULARY) -> Any:
-    """A byte-level BPE tokenizer as Qwen's (NFC, the same split), a transformers.PreTrainedTokenizerFast."""
+def train_tokenizer(texts: Iterable[str] | None = None, vocabulary: int = VOCABULARY) -> Any:
+    """A byte-level BPE tokenizer as Qwen's (NFC, the same split), a transformers.PreTrainedTokenizerFast.
+
+    It learns from `texts`, or from the words of the world.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -248,6 +252,6 @@ def train_tokenizer(vocabulary: int = VOCABULARY) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(_vocabulary_text(), trainer)
+    bpe.train_from_iterator(_vocabulary_text() if texts is None else texts, trainer)
     bpe.add_special_tokens(list(SPECIAL_TOKENS))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
