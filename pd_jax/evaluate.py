@@ -28,7 +28,7 @@ from pd_jax.data.squad import Context, load_squad, select
 from pd_jax.flags import EvaluateFlags
 from pd_jax.metrics import answer_of, leaks, score, summarize
 from pd_jax.report import print_table, write_report
-from pd_jax.rows import HF_ROWS, SERIAL_ROWS, Row, choose_rows, find_sources, loader, torch_device
+from pd_jax.rows import HF_ROWS, SERIAL_ROWS, Row, choose_rows, find_sources, loader, torch_device, way
 
 # Measuring ------------------------------------------------------------------------------------------------------------
 
@@ -76,7 +76,7 @@ def _peak_bytes(name: str, device: str) -> int | None:
     import jax
 
     if device != "cpu":
-        if name in HF_ROWS:
+        if way(name) in HF_ROWS:
             return sys.modules["torch"].cuda.max_memory_allocated()
         return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     with suppress(OSError):
@@ -130,7 +130,7 @@ def run_row(
         return records
     row = load()
     write_text(path, "".join(map(_line, [settings, *records])))
-    if repeats and name in HF_ROWS:
+    if repeats and way(name) in HF_ROWS:
         row(contexts[:1], 2, 1)  # torch's warm-up; `measure` sees to ours
     with path.open("a", encoding="utf-8") as file:
         for start in range(len(records), len(contexts), size):
@@ -140,9 +140,9 @@ def run_row(
             took = {"seconds": seconds and seconds / len(batch), "first_token_seconds": None}
             took["peak_bytes"] = _peak_bytes(name, settings["device"])
             if repeats:
-                first = partial(row, batch[:1] if name in SERIAL_ROWS else batch, 1, 1)
+                first = partial(row, batch[:1] if way(name) in SERIAL_ROWS else batch, 1, 1)
                 took["first_token_seconds"] = measure(first, repeats)[1]
-            made = [record | took for record in _records(batch, decoded, name in SERIAL_ROWS, tokenizer)]
+            made = [record | took for record in _records(batch, decoded, way(name) in SERIAL_ROWS, tokenizer)]
             records += made
             file.writelines(map(_line, made))
             file.flush()
@@ -214,10 +214,13 @@ def dump(results: dict[str, Any]) -> list[dict[str, Any]]:
     return entries
 
 
-def load_results(path: Path) -> dict[str, Any]:
-    """A results.json, its summary computed anew. Raises `ValueError` when it is not one."""
+def load_results(path: Path, against: str | None = None) -> dict[str, Any]:
+    """A results.json, its summary computed anew, against another row if asked. Raises `ValueError` if it is not one."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
+        if against is not None and against not in results["rows"]:
+            raise ValueError(f"--against {against} is not a row of {path}: {' '.join(results['rows'])}")
+        results["flags"]["against"] = against or results["flags"]["against"]
         results["summary"] = summarize(results)
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"--from {path} is not a results.json of this script ({error!r})") from None
@@ -240,7 +243,9 @@ def _prepare(flags: EvaluateFlags) -> tuple[list[str], list[str], dict[str, Any]
     names, notes = choose_rows(flags)
     sources = find_sources(names, flags)
     for name in names:
-        load_config(sources[name].model, None if name in HF_ROWS else flags.pair_indices)  # refuse what we cannot read
+        load_config(
+            sources[name].model, None if way(name) in HF_ROWS else flags.pair_indices
+        )  # refuse what we cannot read
     tokenizers = {source.model: load_tokenizer(source.model) for source in sources.values()}
     first, tokenizer = next(iter(tokenizers.items()))
     for directory, other in tokenizers.items():
@@ -249,7 +254,7 @@ def _prepare(flags: EvaluateFlags) -> tuple[list[str], list[str], dict[str, Any]
                 f"{directory} and {first} have different tokenizers; rows that are compared must share one"
             )
     eos_ids = sorted({i for directory, own in tokenizers.items() for i in load_eos_ids(directory, own)})
-    for directory in {sources[name].model for name in names if name in HF_ROWS}:
+    for directory in {sources[name].model for name in names if way(name) in HF_ROWS}:
         pairs = read_config_json(directory).get(SECTION, {}).get("pair_indices")
         if pairs:
             notes.append(
@@ -271,7 +276,7 @@ def _settings(flags: EvaluateFlags, sources: dict[str, Any], contexts: list[Cont
     prints = {source: source.fingerprint() for source in set(sources.values())}
     return {
         name: {"row": name, "weights": prints[source], **shared}
-        | ({} if name in HF_ROWS else {"align": flags.align, "pair_indices": pairs})
+        | ({} if way(name) in HF_ROWS else {"align": flags.align, "pair_indices": pairs})
         for name, source in sources.items()
     }
 
@@ -283,7 +288,7 @@ def evaluate(flags: EvaluateFlags) -> dict[str, Any]:
     """
     console = Console()
     if flags.from_ is not None:
-        results, directory = load_results(Path(flags.from_)), Path(flags.from_).parent
+        results, directory = load_results(Path(flags.from_), flags.against), Path(flags.from_).parent
     else:
         results, directory = _run(flags, console), Path(flags.output_dir)
         write_json(directory / "results.json", results)
@@ -302,7 +307,7 @@ def _run(flags: EvaluateFlags, console: Console) -> dict[str, Any]:
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True, markup=False)
     settings = _settings(flags, sources, contexts, eos_ids)
-    paths = {name: Path(flags.output_dir) / f"predictions-{name}.jsonl" for name in names}
+    paths = {name: Path(flags.output_dir) / f"predictions-{name.replace('/', '_')}.jsonl" for name in names}
     for name in names:
         read_predictions(paths[name], settings[name])  # refuse before anything is run
     load, rows = loader(flags, tokenizer, eos_ids), {}

@@ -114,7 +114,8 @@ class EvaluateFlags:
     )
     rows: tuple[str, ...] = flag(
         (),
-        "hf-sequential hf-batched hf-one-prompt sequential isolated prompts columns; empty: all that the models allow",
+        "hf-sequential hf-batched hf-one-prompt sequential isolated prompts columns; empty: all that the models allow; "
+        "ROW=MODEL runs a row with another model, say isolated=./control",
         group=RUN,
     )
     against: str | None = flag(None, "row that differences are taken against; the first row if not given", group=RUN)

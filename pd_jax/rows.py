@@ -1,7 +1,8 @@
 """The ways of answering that an evaluation compares, each a row of its table.
 
-Every row gets the same prompt token ids, dtype, device, end-of-sequence set and number of new tokens, and decodes
-greedily. The hf rows are plain transformers; the others are ours.
+A row is named by its way of answering, or WAY=MODEL: that way with a model of its own, say a control beside the model
+under test. Every row gets the same prompt token ids, dtype, device, end-of-sequence set and number of new tokens, and
+decodes greedily. The hf rows are plain transformers; the others are ours.
 """
 
 import functools
@@ -23,6 +24,11 @@ ROWS = (*HF_ROWS, *OUR_ROWS)
 SERIAL_ROWS = ("hf-sequential", "hf-one-prompt", "sequential")  # one answer after the other
 
 Row = Callable[[Sequence[Context], int, int | None], Decoded]  # contexts, max_new_tokens, turns -> answers
+
+
+def way(name: str) -> str:
+    """The way of answering of row `name`."""
+    return name.partition("=")[0]
 
 
 def answer_in_columns(
@@ -79,21 +85,22 @@ def _hf_obstacle() -> str | None:
 
 def choose_rows(flags: EvaluateFlags) -> tuple[list[str], list[str]]:
     """(the rows to run, lines about those that cannot). Raises `ValueError` when a row asked for lacks its model."""
-    unknown = [name for name in flags.rows if name not in ROWS]
+    unknown = [name for name in flags.rows if way(name) not in ROWS or name.endswith("=")]
     if unknown:
-        raise ValueError(f"--rows {' '.join(unknown)}: no such row; choose from {' '.join(ROWS)}")
+        raise ValueError(f"--rows {' '.join(unknown)}: no such row; choose from {' '.join(ROWS)}, or ROW=MODEL")
     models = dict.fromkeys(HF_ROWS, ("--base-model", flags.base_model))
     models |= dict.fromkeys(("isolated", "prompts", "columns"), ("--ft-model", flags.ft_model))
     models["sequential"] = ("--sequential-model or --ft-model", flags.sequential_model or flags.ft_model)
     for name in flags.rows:
-        if models[name][1] is None:
+        if name in ROWS and models[name][1] is None:
             raise ValueError(f"row {name} needs {models[name][0]}")
-    names = [name for name in ROWS if models[name][1] is not None and name in (flags.rows or ROWS)]
+    names = [name for name in dict.fromkeys(flags.rows or ROWS) if name not in ROWS or models[name][1] is not None]
+    names.sort(key=lambda name: ROWS.index(way(name)))
     notes = []
-    obstacle = _hf_obstacle() if any(name in HF_ROWS for name in names) else None
+    obstacle = _hf_obstacle() if any(way(name) in HF_ROWS for name in names) else None
     if obstacle is not None:
         notes.append(f"the hf rows are skipped: {obstacle}")
-        names = [name for name in names if name not in HF_ROWS]
+        names = [name for name in names if way(name) not in HF_ROWS]
     if not names:
         raise ValueError("; ".join(["nothing to run: give --base-model (hf rows) or --ft-model (our rows)", *notes]))
     if flags.against is not None and flags.against not in names:
@@ -128,12 +135,13 @@ def find_sources(names: Sequence[str], flags: EvaluateFlags) -> dict[str, Source
 
     sources = {}
     for name in names:
-        chosen = flags.sequential_model if name == "sequential" and flags.sequential_model else flags.ft_model
-        if name in HF_ROWS:
-            sources[name] = Source(find_model(str(flags.base_model), flags.local_files_only))
+        own = name.partition("=")[2]
+        if way(name) in HF_ROWS:
+            sources[name] = Source(find_model(own or str(flags.base_model), flags.local_files_only))
             check_weights(sources[name].model)
         else:
-            sources[name] = source(str(chosen))
+            control = flags.sequential_model if name == "sequential" else None
+            sources[name] = source(own or str(control or flags.ft_model))
     if flags.ft_base_model is not None and not any(source.adapter for source in sources.values()):
         raise ValueError(
             f"--ft-base-model {flags.ft_base_model} is given, but --ft-model {flags.ft_model} is no adapter"
@@ -155,7 +163,8 @@ def loader(flags: EvaluateFlags, tokenizer: Any, eos_ids: Sequence[int]) -> Call
         return made
 
     def load(name: str, source: Source) -> Row:
-        hf = name in HF_ROWS
+        how = way(name)
+        hf = how in HF_ROWS
         if (hf, source) not in held:
             held.clear()
             gc.collect()
@@ -165,9 +174,9 @@ def loader(flags: EvaluateFlags, tokenizer: Any, eos_ids: Sequence[int]) -> Call
             held[hf, source] = made
         model = held[hf, source]
         if hf:
-            return getattr(model, name.removeprefix("hf-").replace("-", "_"))
-        visibility = name if name in ("prompts", "columns") else "isolated"
+            return getattr(model, how.removeprefix("hf-").replace("-", "_"))
+        visibility = how if how in ("prompts", "columns") else "isolated"
         align = "ragged" if visibility == "isolated" else flags.align
-        return functools.partial(answer_in_columns, model, visibility, align, name == "sequential")
+        return functools.partial(answer_in_columns, model, visibility, align, how == "sequential")
 
     return load

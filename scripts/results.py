@@ -46,8 +46,8 @@ class Flags:
     finetune_steps: int = flag(500, "optimiser steps of finetuning, 2,048 tokens each", group=TRAIN, minimum=1)
     learning_rate: float = flag(2e-3, "peak learning rate of both stages", group=TRAIN, minimum=0)
     max_eval_samples: int = flag(100000, "contexts of --eval", group=EVAL, minimum=1)
-    timed_samples: int = flag(32, "contexts on which all rows are timed", group=EVAL, minimum=1)
-    max_new_tokens: int = flag(16, "tokens an answer, at most", group=EVAL, minimum=1)
+    timed_samples: int = flag(16, "contexts on which all rows are timed", group=EVAL, minimum=1)
+    max_new_tokens: int = flag(12, "tokens an answer, at most", group=EVAL, minimum=1)
 
 
 @contextmanager
@@ -149,13 +149,13 @@ def compare(out: Path, columnar: Path, control: Path, data: str, flags: Flags) -
     quality = EvaluateFlags(
         ft_model=str(columnar),
         sequential_model=str(control),
-        rows=("sequential", "isolated", "prompts", "columns"),
+        rows=(f"isolated={control}", "isolated", "prompts", "columns"),
         dataset_name=data,
         max_branches=100,
         min_questions=1,
         max_eval_samples=flags.max_eval_samples,
         max_new_tokens=flags.max_new_tokens,
-        batch_size=16,
+        batch_size=8,
         repeats=0,
         output_dir=str(out / "quality"),
     )
@@ -207,25 +207,29 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def write_page(path: Path, out: Path, evaluations: dict[str, dict[str, dict[str, Any]]]) -> None:
+def write_page(flags: Flags, out: Path, evaluations: dict[str, dict[str, dict[str, Any]]]) -> None:
     """Aggregates only: no question, no answer."""
     from pd_jax.evaluate import write_text
     from pd_jax.report import FOOTNOTE, tables
 
     machine = next(iter(evaluations.values()))["speed"]["machine"]
+    sizes = [field for field in dataclasses.fields(flags) if field.type in (int, float)]
+    values = {field.name: getattr(flags, field.name) for field in sizes if getattr(flags, field.name) != field.default}
+    changed = "".join(f" --{name.replace('_', '-')} {value}" for name, value in values.items())
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     seconds = json.loads((out / "stages.json").read_text(encoding="utf-8"))
     parts = [
         "# Results",
-        "Written by `python scripts/results.py --web FILE --train FILE --eval FILE`. **These are not Qwen3's "
-        "weights**: the models have a few million parameters or fewer and were trained for minutes, so on real questions exact "
-        "match is near 0 whoever answers. What can be read here is the difference between columns and ordinary "
-        "training of the same size on the same data, its interval, and what each way of answering costs.",
+        f"Written by `python scripts/results.py --web FILE --train FILE --eval FILE{changed}`. **These are not Qwen3's "
+        "weights**: the models are small and were trained for minutes, so on real questions exact match is near 0 "
+        "whoever answers. What can be read is the difference between columns and ordinary training of the same size "
+        "on the same data, its interval, and what each way of answering costs.",
         f"Machine: {processor()}, {machine['cpus']} core(s), JAX on {machine['device']}, float32. {versions}.",
-        "`sequential` is the control: the same start, rows, steps and tokens as the columnar model, trained as "
-        "ordinary sequences (no branch pairs, siblings hidden, nobody waits), and asked one question at a time. The "
-        "hf rows are the control exported to transformers. `isolated`, `prompts` and `columns` are the columnar "
-        f"model. Answers have at most {evaluations['web']['quality']['flags']['max_new_tokens']} tokens, greedily.",
+        "The control has the same start, rows, steps and tokens as the columnar model, but was trained on ordinary "
+        "sequences (no branch pairs, siblings hidden, nobody waits). `isolated=control` is its ordinary decoding, "
+        "token for token that of one question at a time, which the speed tables show as `sequential`; the hf rows are "
+        "the control in transformers. `isolated`, `prompts` and `columns` are the columnar model. Answers have at most "
+        f"{flags.max_new_tokens} tokens, greedily.",
     ]
     for world, results in evaluations.items():
         lines = [
@@ -239,7 +243,8 @@ def write_page(path: Path, out: Path, evaluations: dict[str, dict[str, dict[str,
         ]
         quality, speed = tables(results["quality"]), tables(results["speed"])
         for title, header, rows in quality:
-            parts += [f"### {title}", table(header, rows)]
+            text = f"### {title}\n\n{table(header, rows)}"
+            parts.append(text.replace(str(out / world / MODELS[1] / STAGES[1]), MODELS[1]))
         took = ", ".join(f"{name} {seconds[f'{world}, {name}']:.0f} s" for name in results)
         timed = results["speed"]["summary"]
         parts += [
@@ -247,7 +252,7 @@ def write_page(path: Path, out: Path, evaluations: dict[str, dict[str, dict[str,
             table(*speed[2][1:]),
             f"The median of {results['speed']['flags']['repeats']} runs. The evaluations took: {took}.",
         ]
-    write_text(path, "\n\n".join(part.rstrip("\n") for part in [*parts, FOOTNOTE]) + "\n")
+    write_text(Path(flags.page), "\n\n".join(part.rstrip("\n") for part in [*parts, FOOTNOTE]) + "\n")
 
 
 # The runs -------------------------------------------------------------------------------------------------------------
@@ -292,7 +297,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     out = Path(flags.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    write_page(Path(flags.page), out, {"web": web(flags, out), "world": world(flags, out)})
+    write_page(flags, out, {"web": web(flags, out), "world": world(flags, out)})
     print(f"written: {flags.page}")
 
 

@@ -22,6 +22,7 @@ from pd_jax.evaluate import evaluate, measure
 from pd_jax.flags import EvaluateFlags
 from pd_jax.metrics import answer_of, estimate, leaks, normalize, score, summarize
 from pd_jax.model import init_params
+from pd_jax.report import tables
 from pd_jax.weights import write_params
 
 # The metric -----------------------------------------------------------------------------------------------------------
@@ -238,6 +239,13 @@ def test_the_summary_of_constructed_records():
     assert [a["by_branches"][k]["cost"]["tokens_per_second"] for k in (2, 3)] == [2, 2]
     assert [a["by_index"][k]["em"]["value"] for k in (1, 2, 3)] == [100, 50, 0]
     assert [a["by_index"][k]["questions"] for k in (1, 2, 3)] == [2, 2, 1]
+    assert a["em"]["interval"] is a["em"]["difference_interval"] is None  # two contexts say nothing about others
+    shown = {title: lines for title, _, lines in tables({"summary": summary})}
+    assert shown["EM % by number of branches"] == [
+        ["2", "2", "100.0", "50.0", "+50.0"],
+        ["3", "3", "33.3", "33.3", "+0.0"],
+    ]
+    assert shown["F1 % by branch index"][2] == ["3", "1", "66.7", "0.0", "+66.7"]
     assert (a["cost"]["seconds"], a["cost"]["tokens_per_second"], a["cost"]["peak_bytes"]) == (2.5, 2, 9)
     assert a["cost"]["dead"] == pytest.approx(1 - (4 + 2 + 6 + 3) / 30)
     assert b["cost"]["seconds"] is b["cost"]["tokens_per_second"] is b["cost"]["peak_bytes"] is None
@@ -330,6 +338,33 @@ def test_our_rows(finished):
         assert together["prefill_tokens"] < alone["prefill_tokens"]
         assert alone["slots"] == alone["forwards"] == alone["tokens"] + sum(alone["ended"])
         assert together["slots"] == 2 * together["forwards"]
+
+
+def test_any_row_runs_with_a_control_beside(finished, models, tmp_path, monkeypatch, capsys):
+    flags, results = finished
+    config, control = load_config(models / "hf"), models / "control"
+    save_model(control, init_params(config, jax.random.key(2)), config, models / "hf")
+    rows = ("isolated", f"isolated={control}", f"sequential={control}", f"columns={models / 'flax'}")
+    made = evaluate(dataclasses.replace(flags, rows=rows, repeats=0, output_dir=str(tmp_path)))
+    assert list(made["rows"]) == [rows[2], *rows[:2], rows[3]]  # in the table's order
+    answers = [[record["answers"] for record in made["rows"][row]] for row in rows]
+    assert answers[0] == [record["answers"] for record in results["rows"]["isolated"]]
+    assert answers[1] == answers[2] != answers[0]
+    assert answers[3] == [record["answers"] for record in results["rows"]["columns"]]
+    assert made["settings"][rows[1]]["weights"] != made["settings"]["isolated"]["weights"]
+    assert len(list(tmp_path.glob("predictions-*.jsonl"))) == 4
+    assert script(monkeypatch, "--from", tmp_path / "results.json", "--against", rows[1]) == 0
+    assert capsys.readouterr().out.count("against isolated=") > 1
+    assert script(monkeypatch, "--from", tmp_path / "results.json", "--against", "prompts") == 2
+    assert "--against prompts is not a row of" in capsys.readouterr().err
+
+
+def test_a_control_is_a_row_of_transformers_too(models, data, tmp_path):
+    pytest.importorskip("torch")
+    asked = EvaluateFlags(dataset_name=str(data), max_new_tokens=6, repeats=0, output_dir=str(tmp_path))
+    rows = (f"hf-sequential={models / 'hf'}", f"isolated={models / 'flax'}")
+    made = evaluate(dataclasses.replace(asked, rows=rows))["rows"]
+    assert [r["answers"] for r in made[rows[0]]] == [r["answers"] for r in made[rows[1]]]
 
 
 def test_files_are_enough_to_recompute_the_table(finished):
