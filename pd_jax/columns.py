@@ -49,17 +49,27 @@ def column_mask(
                  "prompts"  as isolated, or j is a prompt token
 
     `query_index` [..., T] is the place of each query among the keys (default: 0..T-1, queries are the keys). PAD sees
-    itself only and is seen by nobody. A background of 2 tokens with prompts of 2 and 1, then one answer token each
-    (`align="left"`), "columns":
+    itself only and is seen by nobody. The worked example of `pd_jax.layout`, a background of 8 tokens and prompts of 4,
+    3 and 2, "columns":
 
-                      B0 B1 Q1 Q2 Q1' A1 A2      column
-        B0             1  .  .  .  .  .  .          0
-        B1             1  1  .  .  .  .  .          1
-        Q1[0]          1  1  1  .  .  .  .          2
-        Q2[0]          1  1  .  1  .  .  .          2
-        Q1[1]          1  1  1  1  1  .  .          3
-        A1[0]          1  1  1  1  1  1  .          4
-        A2[0]          1  1  1  1  1  .  1          4
+               B0 .. B7          Q1[0] .. Q1[3]         column
+        B0     1 . . . . . . .   . . . . . . . . .      0
+        B1     1 1 . . . . . .   . . . . . . . . .      1
+        B2     1 1 1 . . . . .   . . . . . . . . .      2
+        B3     1 1 1 1 . . . .   . . . . . . . . .      3
+        B4     1 1 1 1 1 . . .   . . . . . . . . .      4
+        B5     1 1 1 1 1 1 . .   . . . . . . . . .      5
+        B6     1 1 1 1 1 1 1 .   . . . . . . . . .      6
+        B7     1 1 1 1 1 1 1 1   . . . . . . . . .      7
+        Q1[0]  1 1 1 1 1 1 1 1   1 . . . . . . . .      8
+        Q2[0]  1 1 1 1 1 1 1 1   . 1 . . . . . . .      8
+        Q3[0]  1 1 1 1 1 1 1 1   . . 1 . . . . . .      8
+        Q1[1]  1 1 1 1 1 1 1 1   1 1 1 1 . . . . .      9
+        Q2[1]  1 1 1 1 1 1 1 1   1 1 1 . 1 . . . .      9
+        Q3[1]  1 1 1 1 1 1 1 1   1 1 1 . . 1 . . .      9
+        Q1[2]  1 1 1 1 1 1 1 1   1 1 1 1 1 1 1 . .      10
+        Q2[2]  1 1 1 1 1 1 1 1   1 1 1 1 1 1 . 1 .      10
+        Q1[3]  1 1 1 1 1 1 1 1   1 1 1 1 1 1 1 1 1      11
     """
     check_visibility(visibility)
 

@@ -3,7 +3,6 @@
 import logging
 import math
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -126,7 +125,7 @@ def _check_mesh(config: ModelConfig, mesh: Mesh | None) -> None:
     if mesh.size != mesh.shape["tensor"]:
         raise ValueError(
             f"the mesh {dict(mesh.shape)} splits rows or hidden dimensions; decoding splits heads only: "
-            "use make_mesh(data=1, fsdp=1, tensor=-1)"
+            "use make_mesh(1, 1, -1)"
         )
     check_model(config, mesh)
 
@@ -162,16 +161,15 @@ def _prompt(
     rows: list[list[TokenSample]] = [[] for _ in range(s)]
     given: dict[tuple[int, int], Sequence[int]] = {}
     stream = np.zeros((s, n), np.uint32)
-    asked: Counter[tuple[int, ...]] = Counter()
     for r, sample in enumerate(samples):
         shortest = min(len(branch.prompt) for branch in sample.branches) if cut else None
         rows[r] = [TokenSample(sample.background, [Branch(branch.prompt[:shortest]) for branch in sample.branches])]
         if cut:
             given |= {(r, b): branch.prompt[shortest:] for b, branch in enumerate(sample.branches)}
-        background, *prompts = texts = tuple(map(_crc, (sample.background, *(b.prompt for b in sample.branches))))
-        # Nothing of the siblings, the batch or its order; but the same sample twice in a call has two streams.
-        stream[r, : len(prompts)] = [_crc((background, own, b, asked[texts])) for b, own in enumerate(prompts)]
-        asked[texts] += 1
+        background = _crc(sample.background)  # nothing of the siblings, the batch or its order
+        stream[r, : len(sample.branches)] = [
+            _crc((background, _crc(x.prompt), b)) for b, x in enumerate(sample.branches)
+        ]
     layout = build_layout(rows, bucket(max(len(row[0]) for row in rows if row), SMALLEST_ROW), align)
     last, first, wait, limit = (np.zeros((s, n), np.int32) for _ in range(4))
     for r, row in enumerate(rows[: len(samples)]):
@@ -268,6 +266,9 @@ class ParallelDecoder:
         self, samples: Sequence[Sample | TokenSample], *, params: SamplingParams | None = None, **options: Any
     ) -> list[Result]:
         """Answer all branches of all samples in one batch; `options` are the fields of `SamplingParams`.
+
+        What a branch draws depends on the seed, the sample and its place in it only: a sample that stands twice in a
+        call answers the same twice. Ask with several seeds for several answers.
 
         Raises `ValueError` for no samples, a prompt without tokens, a value out of range, a context longer than
         max_position_embeddings, and a cache that does not fit in the device's memory; all before anything compiles.

@@ -187,7 +187,9 @@ def feed(weights: Params, program: Program, state: State) -> tuple[State, Array]
                 for past, new in zip(old, (k, v), strict=True)
             )
             cache.append((k, v))
-            bias = None if sibling_bias is None else sibling_bias[:, None, None] * siblings[:, None]
+            bias = None
+            if sibling_bias is not None:  # not a product: -inf hides siblings and is no number times 0
+                bias = jnp.where(siblings[:, None], sibling_bias[:, None, None], 0.0)
             return cached_attention(q, k, v, mask, bias)
 
         x = block(config, layer, x, rope, attend, partial(_linear, layer=layer, head_dim=config.head_dim))

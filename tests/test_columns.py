@@ -61,10 +61,30 @@ def test_literal_masks(visibility):
     np.testing.assert_array_equal(mask_of([[SMALL]], visibility, length=9)[0], literal)
 
 
-def test_worked_example_is_columns_and_self():
-    """17 tokens: everything in earlier columns and nothing else but itself."""
-    column = np.array([*range(8), 8, 8, 8, 9, 9, 9, 10, 10, 11])
-    np.testing.assert_array_equal(mask_of([[WORKED]])[0], (column[None] < column[:, None]) | np.eye(17, dtype=bool))
+WORKED_MASK = """
+    10000000000000000
+    11000000000000000
+    11100000000000000
+    11110000000000000
+    11111000000000000
+    11111100000000000
+    11111110000000000
+    11111111000000000
+    11111111100000000
+    11111111010000000
+    11111111001000000
+    11111111111100000
+    11111111111010000
+    11111111111001000
+    11111111111111100
+    11111111111111010
+    11111111111111111
+"""  # 8 tokens of background; then by columns Q1 Q2 Q3, Q1 Q2 Q3, Q1 Q2, Q1
+
+
+def test_the_mask_of_the_worked_example():
+    literal = np.array([list(line.strip()) for line in WORKED_MASK.strip().splitlines()], int)
+    np.testing.assert_array_equal(mask_of([[WORKED]])[0], literal)
 
 
 @given(samples, samples, aligns)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from test_columns import SMALL
+from test_columns import SMALL, WORKED
 
 from pd_jax.columns import VISIBILITIES, Coordinates, column_mask
 from pd_jax.layout import Branch, TokenSample, build_layout
@@ -82,6 +82,27 @@ def test_own_and_sibling_are_told_apart_by_the_pairs_only():
     np.testing.assert_allclose(ends[0], ends[1], atol=1e-5)
     ends = outputs(layout)[0, -2:]
     assert np.abs(ends[0] - ends[1]).max() > 0.05 * ends.std()
+
+
+def test_a_sibling_bias_starts_as_the_isolated_model():
+    """The worked example on Qwen3's own initialisation, normal(0.02): siblings begin with a weight of exp(-8)."""
+    config = tiny.config(hidden_size=512, intermediate_size=1536, head_dim=64, sibling_bias=True)
+    weights = jax.tree.map(lambda x: x, init_params(config, jax.random.key(0)))
+    for tree in (weights, weights["layers"]):
+        tree |= {
+            n: 0.02 * x / x.std() for n, x in tree.items() if n != "layers" and n.split("_")[-1] not in ("norm", "bias")
+        }
+    layout = build_layout([[WORKED]])
+    at, tokens = Coordinates.of(layout), jnp.asarray(layout.tokens)
+
+    def run(visibility, bias):
+        layers = {**weights["layers"], "sibling_bias": weights["layers"]["sibling_bias"] + bias}
+        changed = {**weights, "layers": layers}
+        return np.asarray(logits(changed, forward(changed, config, tokens, at, visibility)))
+
+    isolated = run("isolated", 0.0)
+    assert np.abs(run("columns", 0.0) - isolated).max() < 1e-3
+    assert np.abs(run("columns", 8.0) - isolated).max() > 0.3  # no bias: siblings are seen
 
 
 def test_packed_samples_do_not_see_one_another():
