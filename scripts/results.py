@@ -224,12 +224,14 @@ def write_page(flags: Flags, out: Path, evaluations: dict[str, dict[str, dict[st
         "weights**: the models are small and were trained for minutes, so on real questions exact match is near 0 "
         "whoever answers. What can be read is the difference between columns and ordinary training of the same size "
         "on the same data, its interval, and what each way of answering costs.",
-        f"Machine: {processor()}, {machine['cpus']} core(s), JAX on {machine['device']}, float32. {versions}.",
+        f"Machine: {processor()}, {machine['cpus']} of {os.cpu_count()} cores, JAX on {machine['device']}, float32; load "
+        f"{os.getloadavg()[1]:.1f} in the last five minutes of the run. {versions}.",
         "The control has the same start, rows, steps and tokens as the columnar model, but was trained on ordinary "
         "sequences (no branch pairs, siblings hidden, nobody waits). `isolated=control` is its ordinary decoding, "
         "token for token that of one question at a time, which the speed tables show as `sequential`; the hf rows are "
         "the control in transformers. `isolated`, `prompts` and `columns` are the columnar model. Answers have at most "
-        f"{flags.max_new_tokens} tokens, greedily.",
+        f"{flags.max_new_tokens} tokens, greedily. Numbers and indices of branches with fewer than 10 contexts are left "
+        "out; `report.html` of each evaluation has them.",
     ]
     for world, results in evaluations.items():
         lines = [
@@ -243,6 +245,8 @@ def write_page(flags: Flags, out: Path, evaluations: dict[str, dict[str, dict[st
         ]
         quality, speed = tables(results["quality"]), tables(results["speed"])
         for title, header, rows in quality:
+            if title.startswith(("EM", "F1")):
+                rows = [line for line in rows if "[" in line[2]]  # others are in the report
             text = f"### {title}\n\n{table(header, rows)}"
             parts.append(text.replace(str(out / world / MODELS[1] / STAGES[1]), MODELS[1]))
         took = ", ".join(f"{name} {seconds[f'{world}, {name}']:.0f} s" for name in results)

@@ -28,7 +28,13 @@ def test_one_command_writes_the_page_and_goes_on_where_it_stopped(tmp_path, monk
     results.main()
     page = Path("results.md").read_text(encoding="utf-8")
     assert "not Qwen3's weights" in page
-    for text in ("isolated=control", "hf-one-prompt", "| columnar | finetuned |", "F1 % by branch index", "core(s)"):
+    for text in (
+        "isolated=control",
+        "hf-one-prompt",
+        "| columnar | finetuned |",
+        "F1 % by branch index",
+        "cores, JAX on",
+    ):
         assert text in page
     run = json.loads(Path("results/web/control/finetuned/run.json").read_text())["flags"]
     assert (run["pair_indices"], run["visibility"], run["align"]) == ([], "isolated", "ragged")
