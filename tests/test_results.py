@@ -33,7 +33,7 @@ def test_one_command_writes_the_page_and_goes_on_where_it_stopped(tmp_path, monk
         "hf-one-prompt",
         "| columnar | finetuned |",
         "F1 % by branch index",
-        "cores, JAX on",
+        "cores, float32",
     ):
         assert text in page
     run = json.loads(Path("results/web/control/finetuned/run.json").read_text())["flags"]
