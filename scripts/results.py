@@ -224,8 +224,8 @@ def write_page(flags: Flags, out: Path, evaluations: dict[str, dict[str, dict[st
         "weights**: the models are small and were trained for minutes, so on real questions exact match is near 0 "
         "whoever answers. What can be read is the difference between columns and ordinary training of the same size "
         "on the same data, its interval, and what each way of answering costs.",
-        f"Machine: {processor()}, {machine['cpus']} of {os.cpu_count()} cores, float32, load {os.getloadavg()[1]:.1f} in "
-        f"the run's last five minutes. {versions}.",
+        f"Machine: {processor()}, {machine['cpus']} of {os.cpu_count()} cores, float32, load {os.getloadavg()[1]:.1f} "
+        f"in the run's last five minutes. {versions}.",
         "The control has the same start, rows, steps and tokens as the columnar model, but was trained on ordinary "
         "sequences (no branch pairs, siblings hidden, nobody waits). `isolated=control` is its ordinary decoding, "
         "token for token that of one question at a time, which the speed tables show as `sequential`; the hf rows are "
