@@ -104,14 +104,14 @@ def refusal(backend: str, call: Call) -> str | None:
 
 
 @functools.cache
-def _announce(backend: str, refusals: tuple[str, ...], call: Call) -> None:
+def _announce(backend: str, refusals: tuple[str, ...], platform: str) -> None:
     """Say once which backend `auto` took; on an accelerator its own kernels should not have refused."""
-    level = logging.INFO if call.platform == "cpu" or backend in FLASH else logging.WARNING
+    level = logging.INFO if platform == "cpu" or backend in FLASH else logging.WARNING
     why = f" ({'; '.join(refusals)})" if refusals else ""
-    log.log(level, "attention: %s for %d tokens on %s%s", backend, call.tokens, call.platform, why)
+    log.log(level, "attention: %s on %s%s", backend, platform, why)
 
 
-def _choose(backend: str, call: Call, fallback: str) -> str:
+def choose(backend: str, call: Call, fallback: str) -> str:
     """The backend that serves `call`. Raises `ValueError` when the one asked for cannot."""
     if backend != "auto":
         reason = refusal(backend, call)
@@ -120,7 +120,9 @@ def _choose(backend: str, call: Call, fallback: str) -> str:
         return backend
     refusals = {name: refusal(name, call) for name in candidates(call.platform)}
     chosen = next((name for name, reason in refusals.items() if reason is None), fallback)
-    _announce(chosen, tuple(f"{name}: {reason}" for name, reason in refusals.items() if reason is not None), call)
+    _announce(
+        chosen, tuple(f"{name}: {reason}" for name, reason in refusals.items() if reason is not None), call.platform
+    )
     return chosen
 
 
@@ -171,7 +173,7 @@ def make_attention(coordinates: Coordinates, visibility: Visibility = "columns",
 
     def attend(q: Array, k: Array, v: Array, sibling_bias: Array | None = None) -> Array:
         call = Call(platform, device_kind, visibility, tokens, q.shape[-1], q.dtype, sibling_bias is not None)
-        chosen = _choose(backend, call, fallback)
+        chosen = choose(backend, call, fallback)
         if chosen == "dense":
             bias = (
                 None if sibling_bias is None else jnp.where(siblings[:, None], sibling_bias[None, :, None, None], 0.0)

@@ -71,13 +71,15 @@ def load_config(directory: Path, pair_indices: Sequence[int] | None = None, adap
 
     A plain Qwen3 has no column settings of its own: as the base of a LoRA `adapter` it takes those it was trained with.
     """
+    if (directory / ADAPTER_CONFIG).is_file() and not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} is a LoRA adapter; pass its base as the model, and this as the adapter")
+    hf = read_config_json(directory)
+    if adapter is not None and SECTION not in hf:
+        settings = read_adapter_config(adapter).get(SECTION)
+        if settings is not None:
+            other = ("rope_theta", BASE_FINGERPRINT)
+            hf[SECTION] = {key: value for key, value in settings.items() if key not in other}
     try:
-        hf = read_config_json(directory)
-        if adapter is not None and SECTION not in hf:
-            settings = read_adapter_config(adapter).get(SECTION)
-            if settings is not None:
-                other = ("rope_theta", BASE_FINGERPRINT)
-                hf[SECTION] = {key: value for key, value in settings.items() if key not in other}
         return ModelConfig.from_hf(hf, pair_indices)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
@@ -100,7 +102,13 @@ def load_tokenizer(directory: Path) -> Any:
         raise ValueError(f"{directory} has no tokenizer (tokenizer.json); copy the base model's tokenizer files there")
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise anything, from KeyError to a bare Exception
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise ValueError(
+            f"{directory}: its tokenizer cannot be read ({reason}); copy the base model's tokenizer files there again"
+        ) from None
 
 
 def load_eos_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ Nothing here imports jax: `--help` answers at once.
 import argparse
 import dataclasses
 import difflib
+import logging
 import os
 import sys
 import types
@@ -96,7 +97,7 @@ def _read_yaml(path: str, fields: dict[str, dataclasses.Field], hints: dict[str,
         raise ValueError(f"--config {path}: no such file")
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"--config {path} holds {type(loaded).__name__}; write one `flag: value` a line")
@@ -159,6 +160,8 @@ def run(main: Callable[[], None]) -> None:
     """Run a script. A `ValueError` of ours becomes one line on stderr and exit code 2, a `FloatingPointError` (training
     that has diverged) one line and exit code 1; other errors keep their traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of ours tokenise already
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pd_jax.attention").setLevel(logging.INFO)  # it says which attention backend was taken
     try:
         main()
     except FloatingPointError as error:

@@ -242,10 +242,10 @@ def _prepare(flags: EvaluateFlags) -> tuple[list[str], list[str], dict[str, Any]
 
     names, notes = choose_rows(flags)
     sources = find_sources(names, flags)
-    for name in names:
-        load_config(
-            sources[name].model, None if way(name) in HF_ROWS else flags.pair_indices
-        )  # refuse what we cannot read
+    for name in names:  # refuse what we cannot read
+        source = sources[name]
+        plain = way(name) in HF_ROWS and SECTION not in read_config_json(source.model)
+        load_config(source.model, () if plain else None if way(name) in HF_ROWS else flags.pair_indices, source.adapter)
     tokenizers = {source.model: load_tokenizer(source.model) for source in sources.values()}
     first, tokenizer = next(iter(tokenizers.items()))
     for directory, other in tokenizers.items():

@@ -29,7 +29,9 @@ class TrainFlags:
         "compute dtype; auto is float32 on CPU and bfloat16 elsewhere; trained weights stay float32",
         group=MODEL,
     )
-    attention: str = flag("auto", "attention backend", group=MODEL)
+    attention: Literal["auto", "dense", "chunked", "splash", "tokamax", "cudnn"] = flag(
+        "auto", "attention backend", group=MODEL
+    )
     local_files_only: bool = flag(False, "never ask the hub", group=MODEL)
 
     batch_size: int = flag(1, "rows of a micro-batch, over all devices", group=OPTIM, minimum=1)
@@ -99,6 +101,9 @@ class FinetuneFlags(TrainFlags):
     min_questions: int = flag(2, "contexts with fewer questions are left out", group=DATA, minimum=1)
     max_length: int = flag(1024, "tokens a row; several contexts share one", group=DATA, minimum=1)
     epochs: int = flag(1, "times over the data", group=OPTIM, minimum=1)
+    eval_batch_size: int | None = flag(
+        None, "rows of a validation batch, over all devices; as many as in a step if not given", group=OPTIM, minimum=1
+    )
     max_steps: int | None = flag(None, "stop after this many optimiser steps", group=OPTIM, minimum=1)
 
 
@@ -154,4 +159,4 @@ class PlanFlags:
     use_lora: bool = flag(False, "train low-rank adapters only")
     lora_r: int = flag(16, "rank", minimum=1)
     remat: Literal["none", "dots", "full"] = flag("full", "what the backward pass recomputes")
-    attention: str = flag("auto", "attention backend")
+    attention: Literal["auto", "dense", "chunked", "splash", "tokamax", "cudnn"] = flag("auto", "attention backend")

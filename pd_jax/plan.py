@@ -1,7 +1,8 @@
-"""What a run would need on a machine that is not there: the real training step, compiled ahead of time.
+"""What a run would need on a machine that is not there: its training step and its decoder, compiled ahead of time.
 
-The compilers of TPUs and GPUs need no accelerator. What is compiled here is `train.make_step` itself with the shapes
-and shardings of a run; memory is the compiler's own account, collectives are read off the optimised program.
+The compilers of TPUs and GPUs need no accelerator. What is compiled here are `train.make_step` and `loop.decode_block`
+themselves with the shapes and shardings of a run; memory is the compiler's own account, collectives are read off the
+optimised program, work and traffic are counted by hand (XLA counts the body of a loop once).
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -19,12 +21,15 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pd_jax.columns import Coordinates
 from pd_jax.config import LoraConfig, ModelConfig
 from pd_jax.flags import PlanFlags, PretrainFlags
 from pd_jax.layout import Layout
+from pd_jax.loop import BLOCK, Program, Prompt, decode_block, prefill, unstack
 from pd_jax.lora import adapter_shapes
 from pd_jax.model import init_params
 from pd_jax.monitor import flops_per_token
+from pd_jax.sampling import Method, SamplingParams
 from pd_jax.sharding import SPECS, check_batch, check_model, make_mesh, param_shardings
 from pd_jax.train import abstract_state, make_optimizer, make_step, placed
 
@@ -101,9 +106,16 @@ def topology(name: str) -> tuple[Machine, list[Any]]:
     Raises `ValueError` for a name that is not known, or when its compiler is not installed.
     """
     kind, _, shape = name.partition(":")
-    if kind not in MACHINES or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise ValueError(f"topology {name!r} is not known; give one like v5e:4x4, v5p:2x2x1, v6e:4x4, h100:8")
-    machine = MACHINES[kind]
+    unknown = f"topology {name!r} is not known; give one like v5e:4x4, v5p:2x2x1, v6e:4x4 or h100:1 to h100:8"
+    if kind not in MACHINES or not re.fullmatch(r"[1-8]" if kind == "h100" else r"\d+(x\d+)*", shape):
+        raise ValueError(unknown)
+    machine, version = MACHINES[kind], jax.__version__
+    module, install = {
+        "tpu": ("libtpu", f"'jax[tpu]=={version}'"),
+        "cuda": ("jax_cuda13_plugin", f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"),
+    }[machine.platform]
+    if find_spec(module) is None:
+        raise ValueError(f"the compiler for {name} is not installed; pip install {install}")
     try:
         if machine.platform == "tpu":
             description = topologies.get_topology_desc(platform="tpu", topology_name=name)
@@ -111,11 +123,8 @@ def topology(name: str) -> tuple[Machine, list[Any]]:
             description = topologies.get_topology_desc(
                 platform="cuda", topology_name="", topology=f"1x1x{shape}", target_config=H100_TARGET
             )
-    except (RuntimeError, NotImplementedError, ImportError) as error:
-        extra = "libtpu" if machine.platform == "tpu" else "jax-cuda13-plugin jax-cuda13-pjrt (of jax's version)"
-        raise ValueError(
-            f"the compiler for {name} cannot be used ({str(error).splitlines()[0]}); pip install {extra}"
-        ) from None
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise ValueError(f"{unknown} ({module}: {str(error).splitlines()[0]})") from None
     return machine, list(description.devices)
 
 
@@ -126,6 +135,8 @@ def compile_train_step(flags: PlanFlags, config: ModelConfig, devices: list[Any]
     check_batch(flags.batch_size, mesh)
     shared = {f.name for f in dataclasses.fields(PretrainFlags)} & {f.name for f in dataclasses.fields(PlanFlags)}
     run = PretrainFlags(**{name: getattr(flags, name) for name in shared})
+    if devices[0].platform == "gpu" and flags.attention == "auto":
+        run = dataclasses.replace(run, attention="chunked")  # NVIDIA's kernels cannot be traced without their GPU
     lora = LoraConfig(flags.lora_r) if flags.use_lora else None
     optimizer, _ = make_optimizer(run, 1000)
     here, shardings = NamedSharding(mesh, P()), param_shardings(config, mesh)
@@ -155,6 +166,41 @@ def compile_train_step(flags: PlanFlags, config: ModelConfig, devices: list[Any]
         return jitted.lower(state, frozen, batch).compile(), state, frozen
 
 
+def compile_decoder(flags: PlanFlags, config: ModelConfig, devices: list[Any]) -> tuple[Any, Any, Any]:
+    """`loop.decode_block` in bfloat16 for one row of branches, compiled for as many of `devices` as share out the kv
+    heads; its abstract weights and cache."""
+    mesh = make_mesh(1, 1, -1, devices=devices[: math.gcd(len(devices), config.num_key_value_heads)])
+    check_model(config, mesh)
+    samples, branches, length = 1, flags.branch_count, flags.branch_count * flags.seq_length
+    program = Program(config, "columns", Method())
+
+    def begin(key: jax.Array) -> tuple:
+        row, branch = jnp.zeros((samples, length), jnp.int32), jnp.zeros((samples, branches), jnp.int32)
+        coordinates = Coordinates(row, row, row, row == 0, row == 0)
+        prompt = Prompt(row, coordinates, branch, branch, branch[..., None][..., :0], branch, branch, branch)
+        weights = unstack(init_params(config, key), "bfloat16")
+        controls = SamplingParams().controls((1,), jnp.ones(config.vocab_size, bool))
+        state, _ = prefill(weights, controls, prompt, program=program, room=4 * BLOCK)
+        return weights, controls, state, branch == 0, jnp.int32(BLOCK)
+
+    arrays = jax.eval_shape(begin, jax.random.key(0))
+
+    # As `unstack` leaves them: kernels are [out, in], and either side is split.
+    specs = {"embed": SPECS.embed_vd, "lm_head": SPECS.lm_head_vd, "cache": P(None, "tensor", None, None)}
+    specs |= dict.fromkeys(("q", "k", "v", "gate", "up"), P("tensor", None))
+    specs |= dict.fromkeys(("o", "down"), P(None, "tensor"))
+
+    def place(path: tuple, x: Any) -> jax.ShapeDtypeStruct:
+        names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+        spec = next((specs[name] for name in names if name in specs), P())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    weights, controls, state, ended, until = jax.tree_util.tree_map_with_path(place, arrays)
+    with jax.set_mesh(mesh):
+        compiled = decode_block.lower(weights, controls, state, ended, until, program=program).compile()
+    return compiled, weights, state.cache
+
+
 # ---------------------------------------------------------------- reading the program
 
 BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s16": 16, "f32": 32, "s32": 32, "u32": 32, "f64": 64}
@@ -170,8 +216,18 @@ def _bytes(text: str) -> int:
     return max(sizes, default=0)
 
 
+def _sent(kind: str, line: str) -> int:
+    """Bytes that one device sends in the collective of an HLO line, over a ring: what comes out of it; twice that where
+    it is summed first and gathered then; and all that goes in where only a share comes out."""
+    size = _bytes(line.split(f" {kind}")[0])
+    if kind == "reduce-scatter":
+        grid, first = re.search(r"replica_groups=\[\d+,(\d+)\]", line), re.search(r"replica_groups=\{\{([\d,]+)", line)
+        return size * (int(grid.group(1)) if grid else len(first.group(1).split(",")) if first else 1)
+    return size * (2 if kind == "all-reduce" else 1)
+
+
 def collectives(program: str) -> dict[str, tuple[int, int]]:
-    """{kind: (how many run, bytes that come out of them)} of an optimised HLO module, on one device in one call.
+    """{kind: (how many run, bytes that are sent in them)} of an optimised HLO module, by one device in one call.
 
     What stands in the body of a loop counts as often as the loop runs: the trip count that XLA notes, or where it notes
     none (TPU) the bound that the loop's condition compares its counter with.
@@ -200,7 +256,7 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
             calls[computation] += [(name.strip(" %"), 1, "") for name in group.split(",")]
         base = kind.removesuffix("-start")
         if base in COLLECTIVES:
-            found[computation].append((base, _bytes(operation.group(1))))
+            found[computation].append((base, _sent(base, line)))
     totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
 
     def visit(name: str, times: int) -> None:
@@ -219,12 +275,13 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Per device; bytes, FLOPs and seconds of one optimiser step."""
+    """One device's share of one `unit`, "step" or "column", in which `devices` of them work on `tokens` tokens."""
 
     machine: Machine
-    parameters: int
-    optimizer: int
-    temporaries: int
+    devices: int
+    unit: str
+    tokens: int
+    held: dict[str, int]  # bytes by what they are for
     peak: int
     flops: float
     traffic: float
@@ -232,7 +289,7 @@ class Plan:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The least time that each resource needs; the largest bounds the step."""
+        """The least time that each resource needs; the largest bounds the unit."""
         sent = sum(size for _, size in self.collectives.values())
         return {
             "compute": self.flops / self.machine.flops,
@@ -246,34 +303,69 @@ def local_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def peak_bytes(memory: Any) -> int:
+    """All that is alive at once, by the compiler's account: what comes in, what goes out, and what is between."""
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return kept + memory.temp_size_in_bytes
+
+
 def plan_training(flags: PlanFlags, config: ModelConfig) -> Plan:
     """Compile the training step of `flags` and account for it. Raises `ValueError` for what does not fit together."""
     machine, devices = topology(flags.topology)
     compiled, state, frozen = compile_train_step(flags, config, devices)
     memory = compiled.memory_analysis()
-    moments, weights = local_bytes(state["opt"]), local_bytes(state["trained"]) + local_bytes(frozen)
     lora = LoraConfig(flags.lora_r) if flags.use_lora else None
     length = flags.branch_count * flags.seq_length
     tokens = flags.batch_size * flags.gradient_accumulation_steps * length
     again = {"none": 0.0, "dots": 0.0, "full": 2.0 / (4 if lora else 6)}[flags.remat]
     # Every micro-batch reads the bfloat16 weights forward, backward (and once more where layers are recomputed).
-    kernels = 2 * config.parameters / math.prod(flags.mesh[2:]) * (3 if flags.remat == "full" else 2)
+    ways = make_mesh(*flags.mesh, devices=devices).shape["tensor"]
+    kernels = 2 * config.parameters / ways * (3 if flags.remat == "full" else 2)
     return Plan(
         machine=machine,
-        parameters=weights,
-        optimizer=moments,
-        temporaries=memory.temp_size_in_bytes,
-        peak=memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes,
+        devices=len(devices),
+        unit="step",
+        tokens=tokens,
+        held={
+            "parameters": local_bytes(state["trained"]) + local_bytes(frozen),
+            "optimizer": local_bytes(state["opt"]),
+            "temporaries": memory.temp_size_in_bytes,
+        },
+        peak=peak_bytes(memory),
         flops=flops_per_token(config, lora, length) * (1 + again) * tokens / len(devices),
         traffic=2 * (local_bytes(state) + memory.temp_size_in_bytes) + flags.gradient_accumulation_steps * kernels,
         collectives=collectives(compiled.as_text()),
     )
 
 
-def report(name: str, plan: Plan, tokens: int, devices: int) -> str:
+def plan_decoding(flags: PlanFlags, config: ModelConfig) -> Plan:
+    """Compile the column decoder for one sample of the size of a training row, and account for one column of it."""
+    machine, devices = topology(flags.topology)
+    compiled, weights, cache = compile_decoder(flags, config, devices)
+    used = math.gcd(len(devices), config.num_key_value_heads)
+    memory, n = compiled.memory_analysis(), flags.branch_count
+    slots = cache[0][0].shape[2]
+    read = {name: part for name, part in weights.items() if name != "embed" or config.tie_word_embeddings}
+    matrices = sum(x.size for x in jax.tree.leaves(read) if x.ndim > 1)
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * slots
+    return Plan(
+        machine=machine,
+        devices=used,
+        unit="column",
+        tokens=n,
+        held={
+            "parameters": local_bytes(weights),
+            "cache": local_bytes(cache),
+            "temporaries": memory.temp_size_in_bytes,
+        },
+        peak=peak_bytes(memory),
+        flops=(2 * matrices + attention) * n / used,
+        traffic=local_bytes(read) + local_bytes(cache),
+        collectives=collectives(compiled.as_text()),
+    )
+
+
+def report(name: str, plan: Plan) -> str:
     """The plan as lines of text."""
 
     def gib(size: float) -> str:
@@ -285,12 +377,15 @@ def report(name: str, plan: Plan, tokens: int, devices: int) -> str:
     seconds = plan.seconds[resource]
     lines = [
         f"{name}: {fits}",
-        f"  memory      peak {gib(plan.peak)} of {gib(plan.machine.memory)}: parameters {gib(plan.parameters)}, "
-        f"optimizer {gib(plan.optimizer)}, temporaries {gib(plan.temporaries)}",
-        f"  work        {plan.flops / 1e12:.2f} TFLOP, {plan.traffic / 1e9:.1f} GB of memory traffic",
-        *(f"  {kind:<19} {count} a step, {size / 1e9:.2f} GB" for kind, (count, size) in plan.collectives.items()),
-        "  least time  " + ", ".join(f"{key} {1e3 * value:.1f} ms" for key, value in plan.seconds.items()),
-        f"  bound by {resource}: at best {1e3 * seconds:.1f} ms a step, {tokens / seconds:,.0f} tokens/s on {devices} "
-        "devices",
+        f"  memory      peak {gib(plan.peak)} of {gib(plan.machine.memory)}: "
+        + ", ".join(f"{what} {gib(size)}" for what, size in plan.held.items()),
+        f"  work        {plan.flops / 1e12:.3g} TFLOP, {plan.traffic / 1e9:.1f} GB of memory traffic",
+        *(
+            f"  {kind:<19} {count} a {plan.unit}, {size / 1e9:.3g} GB sent"
+            for kind, (count, size) in plan.collectives.items()
+        ),
+        "  least time  " + ", ".join(f"{key} {1e3 * value:.2f} ms" for key, value in plan.seconds.items()),
+        f"  bound by {resource}: at best {1e3 * seconds:.2f} ms a {plan.unit}, {plan.tokens / seconds:,.0f} tokens/s "
+        f"on {plan.devices} devices",
     ]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Generator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,14 @@ def start_processes(flags: TrainFlags) -> None:
             jax.distributed.initialize(*given)
         return
     slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))) > 1
-    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if (slurm or pod) and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
+    if (slurm or on_tpu_vm()) and not jax.distributed.is_initialized():
+        jax.distributed.initialize()  # a TPU VM asks Google's metadata server or TPU_WORKER_HOSTNAMES for its slice
+
+
+def on_tpu_vm(devices: Path = Path("/dev")) -> bool:
+    """Whether this host has TPU chips and their runtime. To ask jax would start it, too early for other processes."""
+    chips = any(devices.glob("accel[0-9]*")) or any(devices.glob("vfio/[0-9]*"))
+    return chips and find_spec("libtpu") is not None and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
 
 
 # ---------------------------------------------------------------- the output directory

@@ -48,13 +48,15 @@ SPECS = Specs()
 _BY_NAME = {f.name.rsplit("_", 1)[0]: getattr(SPECS, f.name) for f in dataclasses.fields(SPECS)}
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Any = None) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes what the others leave.
+def make_mesh(*axes: int, devices: Any = None) -> Mesh:
+    """A mesh over all devices, of the sizes of `AXES`; one axis may be -1 and takes what the others leave.
 
-    Raises `ValueError` when the axes do not multiply to the number of devices.
+    Raises `ValueError` when there are not three, or when they do not multiply to the number of devices.
     """
+    if len(axes) != len(AXES):
+        raise ValueError(f"mesh {' '.join(map(str, axes))} has {len(axes)} sizes; give {', '.join(AXES)}")
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = dict(zip(AXES, axes, strict=True))
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(free) > 1 or min(size for size in sizes.values() if size != -1) < 1 or len(devices) % fixed:

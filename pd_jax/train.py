@@ -17,7 +17,9 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from rich.progress import track
 
+from pd_jax.attention import Call, choose, target
 from pd_jax.checkpoint import (
     find_model,
     fingerprint,
@@ -67,7 +69,8 @@ def pretrain(flags: PretrainFlags) -> None:
         return
     if flags.streaming and flags.workers:
         raise ValueError(f"--workers {flags.workers} cannot share a stream; leave out --streaming or --workers")
-    start = prepare(flags)
+    length = flags.branch_count * flags.seq_length
+    start = prepare(flags, length)
     documents = fineweb.load_documents(
         flags.dataset_name,
         flags.dataset_config,
@@ -77,8 +80,7 @@ def pretrain(flags: PretrainFlags) -> None:
         flags.local_files_only,
     )
 
-    def batches(documents: fineweb.Documents) -> grain.DatasetIterator:
-        segments = fineweb.segments(documents, start.tokenizer, flags.seq_length, start.end)
+    def batches(segments: fineweb.Documents, epochs: int | None = None) -> grain.DatasetIterator:
         return pipeline.pretrain_batches(
             segments,
             flags.branch_count,
@@ -88,12 +90,19 @@ def pretrain(flags: PretrainFlags) -> None:
             flags.align,
             start.pad,
             flags.workers,
+            epochs,
         )
+
+    def cut(documents: fineweb.Documents) -> fineweb.Documents:
+        return fineweb.segments(documents, start.tokenizer, flags.seq_length, start.end)
 
     held_out = None
     if flags.eval_dataset_name is not None:
-        held_out = partial(batches, fineweb.load_documents(flags.eval_dataset_name, max_samples=64))
-    train(flags, start, batches(documents), flags.max_steps, flags.branch_count * flags.seq_length, held_out)
+        name, local = flags.eval_dataset_name, flags.local_files_only
+        held_out = partial(batches, cut(fineweb.load_documents(name, max_samples=64, local_files_only=local)), 1)
+        held_out()  # too few documents are refused here, not in the middle of the run
+    data = batches(cut(documents))
+    train(flags, start, data, flags.max_steps, length, held_out)
 
 
 def finetune(flags: FinetuneFlags) -> None:
@@ -101,12 +110,13 @@ def finetune(flags: FinetuneFlags) -> None:
     start_processes(flags)
     if finished(flags):
         return
-    start = prepare(flags)
+    start = prepare(flags, flags.max_length)
 
     def samples(name: str, split: str, limit: int | None) -> list:
         contexts = squad.load_squad(name, split, flags.local_files_only)
         contexts = squad.select(contexts, flags.max_branches, flags.min_questions, limit)
-        whole = [squad.to_tokens(context, start.tokenizer, start.end) for context in contexts]
+        told = track(contexts, "tokenising", disable=jax.process_index() > 0)
+        whole = [squad.to_tokens(context, start.tokenizer, start.end) for context in told]
         fitted = [fit(sample, flags.max_length) for sample in whole]
         kept = [sample for sample in fitted if sample is not None]
         cut = sum(new is not None and new is not old for new, old in zip(fitted, whole, strict=True))
@@ -117,32 +127,36 @@ def finetune(flags: FinetuneFlags) -> None:
         if not kept:
             raise ValueError(
                 f"no context of {name} fits --max-length {flags.max_length}: the shortest needs "
-                f"{min(map(len, whole))} tokens; raise it or lower --max-branches"
+                f"{min(len(s) - len(s.background) for s in whole)} tokens; raise it or lower --max-branches"
             )
         return kept
 
-    def batches(samples: list, epochs: int, limit: int | None = None) -> tuple[grain.DatasetIterator, int]:
+    def batches(samples: list, size: int, epochs: int, limit: int | None = None) -> tuple[grain.DatasetIterator, int]:
         rows = pipeline.finetune_rows([len(s) for s in samples], flags.max_length, epochs, flags.seed)
-        steps = -(-len(rows) // rows_per_step(flags))
+        steps = -(-len(rows) // size)
         if limit is not None and limit < steps:
-            steps, rows = limit, rows[: limit * rows_per_step(flags)]
+            steps, rows = limit, rows[: limit * size]
         used = sum(len(samples[i]) for row in rows for i in row) / (len(rows) * flags.max_length)
         say(f"{len(rows)} rows of {flags.max_length} tokens, {used:.0%} of them used")
         return (
-            pipeline.finetune_batches(
-                samples, rows, flags.max_length, rows_per_step(flags), flags.align, start.pad, flags.workers
-            ),
+            pipeline.finetune_batches(samples, rows, flags.max_length, size, flags.align, start.pad, flags.workers),
             steps,
         )
 
-    data, steps = batches(
-        samples(flags.dataset_name, flags.dataset_split, flags.max_train_samples), flags.epochs, flags.max_steps
-    )
-    held_out = None
     name = flags.eval_dataset_name or (None if Path(flags.dataset_name).exists() else flags.dataset_name)
+    if name is None and (flags.max_eval_samples or flags.eval_batch_size):
+        raise ValueError(
+            f"--max-eval-samples and --eval-batch-size: {flags.dataset_name} is a file and has no validation split; "
+            "pass --eval-dataset-name too"
+        )
+    trained_on = samples(flags.dataset_name, flags.dataset_split, flags.max_train_samples)
+    data, steps = batches(trained_on, rows_per_step(flags), flags.epochs, flags.max_steps)
+    held_out = None
     if name is not None:
         kept = samples(name, "validation", flags.max_eval_samples)
-        held_out = lambda: batches(kept, 1)[0]  # noqa: E731
+        size = flags.eval_batch_size or rows_per_step(flags)
+        check_batch(size, start.mesh)
+        held_out = lambda: batches(kept, size, 1)[0]  # noqa: E731
     train(flags, start, data, steps, flags.max_length, held_out)
 
 
@@ -158,13 +172,10 @@ def rows_per_step(flags: TrainFlags) -> int:
     return flags.batch_size * flags.gradient_accumulation_steps
 
 
-def prepare(flags: TrainFlags) -> Start:
-    """Read and check everything that a run needs but its weights. Raises `ValueError`; writes nothing."""
+def prepare(flags: TrainFlags, row_length: int) -> Start:
+    """Read and check everything that a run on rows of so many tokens needs but its weights. Raises `ValueError`;
+    writes nothing."""
     Trace.parse(flags.profile or "1:1")
-    if len(flags.mesh) != 3:
-        raise ValueError(
-            f"--mesh {' '.join(map(str, flags.mesh))} has {len(flags.mesh)} sizes; give data, fsdp, tensor"
-        )
     directory = find_model(flags.model_name, flags.local_files_only)
     adapter = None if flags.adapter is None else find_model(flags.adapter, flags.local_files_only)
     config = load_config(directory, flags.pair_indices, adapter)
@@ -194,7 +205,10 @@ def prepare(flags: TrainFlags) -> Start:
         base = {"name": name, "fingerprint": fingerprint(directory)}
         check_base(flags, base)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    dtype = {"auto": "float32" if on_cpu else "bfloat16"}.get(flags.dtype, flags.dtype)
+    dtype = jnp.dtype({"auto": "float32" if on_cpu else "bfloat16"}.get(flags.dtype, flags.dtype))
+    with jax.set_mesh(mesh):
+        call = Call(*target(), flags.visibility, row_length, config.head_dim, dtype, config.sibling_bias)
+    choose(flags.attention, call, "chunked")
     return Start(
         directory=directory,
         config=config,
@@ -205,7 +219,7 @@ def prepare(flags: TrainFlags) -> Start:
         end=tokenizer.eos_token_id if tokenizer.eos_token_id in eos else eos[0],
         pad=tokenizer.pad_token_id or 0,
         mesh=mesh,
-        dtype=jnp.dtype(dtype),
+        dtype=dtype,
     )
 
 
@@ -370,12 +384,12 @@ def train(
             say(f"resuming {output} after step {first} of {steps}")
         run_step = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None))
         run_evaluate = jax.jit(evaluate_fn)
-        place = partial(_place, NamedSharding(mesh, SPECS.batch_abt), flags.gradient_accumulation_steps)
+        place = partial(_place, NamedSharding(mesh, SPECS.batch_abt))
 
         def validation_loss() -> float:
             sums = np.zeros(2)
             for batch in held_out() if held_out is not None else ():
-                sums += np.array(run_evaluate(state["trained"], frozen, place(batch)), np.float64)
+                sums += np.array(run_evaluate(state["trained"], frozen, place(1, batch)), np.float64)
             return float(sums[0] / max(sums[1], 1))
 
         # -- the loop: step n is on its way before the metrics of step n-1 are read
@@ -385,7 +399,7 @@ def train(
 
             def read(validation: float | None = None) -> None:
                 """Wait for the pending step and log it."""
-                nonlocal pending
+                nonlocal pending, loss
                 if pending is None:
                     return
                 number, numbers, batch_position = pending
@@ -397,6 +411,14 @@ def train(
                         f"{error}; its batch is the one at {json.dumps(batch_position)}; the last good checkpoint is "
                         f"{max(saved.steps(), default='none')}; lower --learning-rate or look at that batch"
                     ) from None
+                if held_out is None:
+                    loss = float(numbers["loss"])
+
+            def save() -> None:
+                """A checkpoint of now. What ranks it is the last validation loss, or without such data that of the
+                step; a state whose loss is not finite is never saved."""
+                read()
+                saved.save(step, state, data.get_state(), loss)
 
             while step < steps and not stop.hit(step):
                 position = data.get_state()
@@ -406,7 +428,7 @@ def train(
                     say(f"the data ended after step {step} of {steps}; finishing here")
                     break
                 trace.before(step + 1)
-                state, metrics = run_step(state, frozen, place(batch))
+                state, metrics = run_step(state, frozen, place(flags.gradient_accumulation_steps, batch))
                 read()
                 step += 1
                 pending = (step, metrics, position)
@@ -415,15 +437,15 @@ def train(
                     loss = validation_loss()
                     read(loss)
                 if step % flags.save_steps == 0:
-                    read()  # a state whose loss is not finite must never be saved
-                    saved.save(step, state, data.get_state(), loss if held_out is not None else float(metrics["loss"]))
+                    save()
+            stopped = stop.name is not None and step < steps
+            if stopped and step not in saved.steps():
+                save()
+                saved.wait()
             read()
 
         # -- the end
-        if stop.name and step < steps:
-            if step not in saved.steps():
-                saved.save(step, state, data.get_state(), loss)
-                saved.wait()
+        if stopped:
             say(f"stopped by {stop.name} after step {step} of {steps}; run the same command to resume")
             return
         if start.lora is None:
@@ -436,8 +458,11 @@ def train(
 
 
 def _place(sharding: NamedSharding, accumulation: int, batch: dict[str, np.ndarray]) -> Params:
-    """This process's rows [A * b, T] as global arrays [A, B, T]."""
+    """This process's rows [b * A, T] as global arrays [A, B, T]: dealt out to the micro-batches in turn, so that every
+    micro-batch is the same for any number of processes."""
     return {
-        name: jax.make_array_from_process_local_data(sharding, rows.reshape(accumulation, -1, rows.shape[-1]))
+        name: jax.make_array_from_process_local_data(
+            sharding, np.ascontiguousarray(rows.reshape(-1, accumulation, rows.shape[-1]).swapaxes(0, 1))
+        )
         for name, rows in batch.items()
     }

@@ -40,6 +40,7 @@ class Flags:
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "auto: float32 on CPU, bfloat16 elsewhere", group="model"
     )
+    pair_indices: tuple[int, ...] | None = flag(None, "RoPE pairs if none are stored", group="model")
     local_files_only: bool = flag(False, "never ask the hub", group="model")
     background: str | None = flag(None, "the text; without it two examples are answered", group="input")
     questions: tuple[str, ...] = flag((), "questions about it, one argument each", group="input")
@@ -75,7 +76,10 @@ def load(flags: Flags) -> "ParallelDecoder":
     name, adapter = flags.model_name, None
     directory = find_model(name, flags.local_files_only)
     if (directory / ADAPTER_CONFIG).is_file():
-        name, adapter = flags.base_model or read_adapter_config(directory)["base_model_name_or_path"], directory
+        base = flags.base_model or read_adapter_config(directory).get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"{name} does not name the model that it adapts; pass it as --base-model")
+        name, adapter = base, directory
     elif flags.base_model is not None:
         raise ValueError(f"--base-model {flags.base_model}: {name} is no LoRA adapter; leave --base-model out")
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -85,6 +89,7 @@ def load(flags: Flags) -> "ParallelDecoder":
         dtype=default if flags.dtype == "auto" else flags.dtype,
         visibility=flags.visibility,
         align=flags.align,
+        pair_indices=flags.pair_indices,
         local_files_only=flags.local_files_only,
     )
 
@@ -133,7 +138,6 @@ def answer(decoder: "ParallelDecoder", sample: "Sample", params: "SamplingParams
 def main() -> None:
     flags = parse(Flags, description=__doc__)
     if flags.verbose:
-        logging.basicConfig(format="%(message)s")
         logging.getLogger("pd_jax").setLevel(logging.INFO)
     from pd_jax import SamplingParams  # after parsing: --help does not wait
 

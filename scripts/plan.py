@@ -1,4 +1,4 @@
-"""What a training run would need on a machine that is not there: memory, traffic and the least time of a step.
+"""What training and decoding would need on a machine that is not there: memory, traffic, the least time of a step.
 
 python scripts/plan.py --model Qwen/Qwen3-4B --topology v5e:4x4
 """
@@ -16,19 +16,23 @@ def main() -> None:
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "none",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     from pathlib import Path
 
     from pd_jax.checkpoint import load_config
-    from pd_jax.plan import model_config, plan_training, report, topology
+    from pd_jax.plan import model_config, plan_decoding, plan_training, report
 
     config = load_config(Path(flags.model)) if Path(flags.model).is_dir() else model_config(flags.model)
-    devices = len(topology(flags.topology)[1])
-    tokens = flags.batch_size * flags.gradient_accumulation_steps * flags.branch_count * flags.seq_length
     kind = f"LoRA r={flags.lora_r}" if flags.use_lora else "all weights"
-    name = f"{flags.model}, {kind}, {tokens} tokens a step, {flags.topology}"
-    print(report(name, plan_training(flags, config), tokens, devices))
+    name = f"{flags.model} on {flags.topology}"
+    plan = plan_training(flags, config)
+    print(report(f"{name}, training {kind}, {plan.tokens} tokens a step", plan), flush=True)
+    length = flags.branch_count * flags.seq_length
+    plan = plan_decoding(flags, config)
+    print(report(f"{name}, decoding {plan.tokens} branches behind a row of {length} tokens", plan))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from pd_jax import chunked, splash
-from pd_jax.attention import Call, make_attention, per_device, refusal
+from pd_jax.attention import Call, _announce, make_attention, per_device, refusal
 from pd_jax.columns import VISIBILITIES, Coordinates, column_mask, prefix_ends, sibling_mask
 from pd_jax.layout import Branch, TokenSample, build_layout
 
@@ -279,10 +279,24 @@ def test_a_forced_backend_that_cannot_run_is_an_error():
 def test_auto_takes_chunked_for_long_rows_and_says_so_once(caplog):
     c = coordinates([sample(0, [160] * 16)])  # 2,560 tokens: never dense
     q, k, v, _ = inputs(c, 1, 1, 8)
+    _announce.cache_clear()  # other tests have heard it
     with caplog.at_level("INFO", logger="pd_jax.attention"):
         jaxpr = jax.make_jaxpr(lambda q, k, v: make_attention(c)(make_attention(c)(q, k, v), k, v))(q, k, v)
-    assert [record.message for record in caplog.records] == ["attention: chunked for 2560 tokens on cpu"]
+    assert [record.message for record in caplog.records] == ["attention: chunked on cpu"]
     assert "2560,2560" not in str(jaxpr)
+
+
+def test_auto_takes_chunked_for_a_sibling_bias_and_says_why(monkeypatch, caplog):
+    """A TPU has splash, which refuses the bias."""
+    monkeypatch.setattr("pd_jax.attention.target", lambda: ("tpu", "TPU v5e"))
+    c = coordinates([sample(0, [128] * 16)])
+    q, k, v, _ = inputs(c, 2, 1, 8)
+    with caplog.at_level("INFO", logger="pd_jax.attention"):
+        jaxpr = jax.make_jaxpr(lambda q, k, v: make_attention(c)(q, k, v, jnp.zeros(2)))(q, k, v)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "chunked on tpu (splash: " in caplog.text
+    assert "sibling_bias" in caplog.text
+    assert "pallas" not in str(jaxpr)
 
 
 def test_low_precision_stays_close_to_dense():

@@ -15,7 +15,9 @@ import pytest
 from runs import ROOT, curve, finetune_flags, launch, metrics, pretrain_flags, wait_for
 
 from pd_jax.checkpoint import load_config, load_params
+from pd_jax.flags import PretrainFlags
 from pd_jax.lora import load_adapter, merge
+from pd_jax.resume import on_tpu_vm, start_processes
 from pd_jax.train import finetune, pretrain
 
 SAVING = {"save_steps": 4, "keep": 9}
@@ -118,7 +120,10 @@ def test_sigterm_saves_and_says_how_to_resume(tmp_path):
     assert process.returncode == 0, said
     assert "stopped by SIGTERM" in said
     assert "run the same command to resume" in said
-    assert saved_steps(tmp_path / "run") == [str(metrics(tmp_path / "run")[-1]["step"])]
+    last = metrics(tmp_path / "run")[-1]
+    assert saved_steps(tmp_path / "run") == [str(last["step"])]
+    ranked = tmp_path / "run" / "checkpoints" / str(last["step"]) / "metrics" / "metrics"
+    assert json.loads(ranked.read_text())["loss"] == pytest.approx(last["loss"])
 
 
 @pytest.mark.slow
@@ -231,6 +236,39 @@ def test_a_lora_run_from_pretraining_to_export(tmp_path, devices, monkeypatch):
 
 
 # ---------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize(
+    ("chips", "runtime", "platforms", "expected"),
+    [
+        (["accel0"], True, None, True),
+        (["vfio/0"], True, "tpu,cpu", True),
+        (["vfio/vfio", "null"], True, None, False),
+        (["accel0"], False, None, False),
+        (["accel0"], True, "cpu", False),
+    ],
+)
+def test_a_tpu_vm_is_known_by_its_chips_and_their_runtime(tmp_path, monkeypatch, chips, runtime, platforms, expected):
+    for chip in chips:
+        (tmp_path / chip).parent.mkdir(exist_ok=True)
+        (tmp_path / chip).touch()
+    monkeypatch.setattr("pd_jax.resume.find_spec", lambda name: object() if runtime else None)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if platforms is not None:
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert on_tpu_vm(tmp_path) == expected
+
+
+@pytest.mark.parametrize(("tasks", "pod", "joins"), [("2", False, True), ("1", False, False), ("1", True, True)])
+def test_processes_find_one_another_under_slurm_and_on_a_pod(monkeypatch, tasks, pod, joins):
+    calls = []
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
+    monkeypatch.setattr("pd_jax.resume.on_tpu_vm", lambda: pod)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    start_processes(PretrainFlags())
+    assert calls == [()] * joins
+    with pytest.raises(ValueError, match="--process-id None: give all three"):
+        start_processes(PretrainFlags(coordinator_address="node0:1", num_processes=2))
 
 
 def run_two(flags, stop=None) -> list[str]:

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import tiny
-from runs import finetune_flags, metrics, pretrain_flags
+from runs import finetune_flags, inputs, metrics, pretrain_flags
 
 from pd_jax.checkpoint import load_config, load_params, load_tokenizer
 from pd_jax.columns import Coordinates
@@ -23,7 +24,7 @@ from pd_jax.lora import init_adapters
 from pd_jax.loss import weighted_nll
 from pd_jax.model import forward, head, init_params, logits
 from pd_jax.sharding import SPECS, make_mesh, param_shardings
-from pd_jax.train import abstract_state, finetune, make_optimizer, make_step, pretrain
+from pd_jax.train import _place, abstract_state, finetune, make_optimizer, make_step, pretrain
 
 ROOT = Path(__file__).parents[1]
 CONFIG = tiny.config()
@@ -74,7 +75,7 @@ def compiled_step(remat: str = "none") -> Callable:
 
 
 def one_device():
-    return jax.set_mesh(make_mesh(1, 1, 1, jax.devices()[:1]))
+    return jax.set_mesh(make_mesh(1, 1, 1, devices=jax.devices()[:1]))
 
 
 # ---------------------------------------------------------------- targets
@@ -282,8 +283,12 @@ def test_the_stages_follow_one_another(tmp_path, caplog):
         return tuple(sum(f"Compiling jit({name})" in line for line in caplog.messages) for name in ("step", "evaluate"))
 
     wide = {"branch_count": 3, "seq_length": 12, "max_steps": 30, "learning_rate": 3e-3}
-    assert compiled(lambda: pretrain(pretrain_flags(first, **TWO, **wide))) == (1, 0)
+    wide |= {"eval_dataset_name": inputs()["web"], "eval_steps": 15}
+    assert compiled(lambda: pretrain(pretrain_flags(first, **TWO, **wide))) == (1, 1)
     losses = [m["loss"] for m in metrics(first)]
+    validation = [m["validation_loss"] for m in metrics(first) if "validation_loss" in m]
+    assert len(validation) == 2
+    assert validation[1] < validation[0] < losses[0]
     assert [m["step"] for m in metrics(first)] == list(range(1, 31))
     assert losses[-1] < losses[0] - 1
     flags = finetune_flags(second, model_name=str(first), epochs=6, learning_rate=3e-3, eval_steps=3, **TWO)
@@ -332,6 +337,28 @@ def test_workers_change_nothing():
         jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_every_micro_batch_is_the_same_for_any_number_of_processes(monkeypatch, accumulation):
+    """What two processes read stands where one process puts it: dropout does not depend on their number."""
+    samples = [TokenSample([i, i], [Branch([7], [8], 9)]) for i in range(16)]
+    mesh = make_mesh(1, 2, 1, devices=jax.devices()[:2])
+    place = partial(_place, jax.sharding.NamedSharding(mesh, SPECS.batch_abt), accumulation)
+
+    def batches(process: int, processes: int) -> list[dict]:
+        share = grain.sharding.ShardOptions(process, processes)
+        monkeypatch.setattr(grain.sharding, "ShardByJaxProcess", lambda: share)
+        rows = [[i] for i in range(16)]
+        return list(pipeline.finetune_batches(samples, rows, 5, 8, "left", 0))
+
+    def micro(batch: dict) -> np.ndarray:
+        """The first token of every row, [A, B]."""
+        return np.asarray(place(batch)["tokens"])[..., 0]
+
+    for one, *two in zip(batches(0, 1), batches(0, 2), batches(1, 2), strict=True):
+        np.testing.assert_array_equal(micro(one), np.concatenate([micro(part) for part in two], axis=1))
+        assert not np.array_equal(micro(two[0]), micro(two[1]))
+
+
 def test_rows_of_squad_are_full():
     """Contexts packed at --max-length 1024: at least 0.85 of the tokens are used, and packing 8,000 takes no time."""
     data = Path(os.environ.get("PD_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -356,7 +383,7 @@ def test_rows_of_squad_are_full():
         ({"model_name": "/nowhere/model"}, "/nowhere/model"),
         ({"dataset_name": "/nowhere/web.jsonl"}, "documents '/nowhere/web.jsonl' cannot be loaded"),
         ({"pair_indices": (3,)}, r"pair_indices \[3\] was asked for, but the weights were trained with \[2, 4, 6\]"),
-        ({"branch_count": 10_000}, "fewer than --branch-count 10000"),
+        ({"branch_count": 10_000}, "10000 are needed"),
         ({"batch_size": 3}, r"--batch-size 3 does not divide over data x fsdp = 1 x 2"),
         ({"mesh": (1, 3, 1)}, "does not fit 2 devices"),
         ({"mesh": (1, 1)}, "has 2 sizes"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub
+import pyarrow
 from datasets.exceptions import DatasetGenerationError
 
 from pd_jax.layout import Branch, TokenSample
@@ -39,13 +40,13 @@ def load_documents(
                 # A snapshot in the cache is found by its path only; by name, `datasets` asks the hub first.
                 name = huggingface_hub.snapshot_download(name, repo_type="dataset", local_files_only=True)
             documents = datasets.load_dataset(name, config, split=split, streaming=streaming)
-    except (OSError, ValueError, DatasetGenerationError) as error:
+        columns = documents.column_names or list(next(iter(documents), {}))
+    except (OSError, ValueError, DatasetGenerationError, pyarrow.ArrowException) as error:
         cause = str(error.__cause__ or error).split("\n")[0]
         raise ValueError(
             f"documents {name!r} cannot be loaded ({cause}); pass --dataset-name a file (.jsonl, .jsonl.gz, .json, "
             ".parquet) or directory, or a hub id with network or a prepared cache"
         ) from None
-    columns = documents.column_names or list(next(iter(documents), {}))
     if "text" not in columns:
         raise ValueError(f"documents {name!r} have columns {columns} but no 'text'; rename the one that holds the text")
     documents = documents.select_columns(["text"])

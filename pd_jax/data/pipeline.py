@@ -4,6 +4,7 @@ A batch is a dict of the arrays of `pd_jax.layout.Layout`, [rows of this process
 returns is JSON and the same on every process, so a run may be resumed with another number of them.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -54,6 +55,27 @@ class _StreamIterator(grain.DatasetIterator):
         self._rows = None
 
 
+class _Shares(grain.MapDataset):
+    """`rows` in such an order that grain, which deals the rows of a step out in turn, gives every process neighbours.
+
+    What stands where in a batch is then the same for any number of processes, and so is dropout.
+    """
+
+    def __init__(self, rows: grain.MapDataset, rows_per_step: int, processes: int) -> None:
+        super().__init__(rows)
+        self._rows_per_step, self._processes = rows_per_step, processes
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        step, place = divmod(index, self._rows_per_step)
+        turn, process = divmod(place, self._processes)
+        return self._parent[step * self._rows_per_step + process * (self._rows_per_step // self._processes) + turn]
+
+
 def _elastic(rows: grain.MapDataset, rows_per_step: int, workers: int) -> grain.DatasetIterator:
     """Batches of this process's share of `rows`, prepared by threads or by `workers` processes."""
     options = None
@@ -62,6 +84,7 @@ def _elastic(rows: grain.MapDataset, rows_per_step: int, workers: int) -> grain.
             flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which we do not use
         options = grain.MultiprocessingOptions(num_workers=workers)
     share = grain.sharding.ShardByJaxProcess()
+    rows = _Shares(rows, rows_per_step, share.shard_count)
     return iter(grain.experimental.ElasticIterator(rows, rows_per_step, share, multiprocessing_options=options))
 
 
@@ -74,8 +97,9 @@ def pretrain_batches(
     align: Align,
     pad_id: int,
     workers: int = 0,
+    epochs: int | None = None,
 ) -> grain.DatasetIterator:
-    """Endless batches of `rows_per_step` rows (over all processes), each of `branch_count` segments.
+    """Batches of `rows_per_step` rows (over all processes), each of `branch_count` segments; endless without `epochs`.
 
     A streamed data set is read once, in windows of shuffled segments, by every process in full.
     """
@@ -84,21 +108,29 @@ def pretrain_batches(
     def row(group: Sequence[dict[str, Any]]) -> Row:
         return _lay_out([branch_sample(group)], length, align, "all", pad_id)
 
+    least = branch_count * (rows_per_step if epochs or isinstance(segments, datasets.IterableDataset) else 1)
+    found = sum(1 for _ in itertools.islice(segments, least))
+    if found < least:
+        raise ValueError(
+            f"the documents give {found} segments of --seq-length {seq_length}, {least} are needed (for "
+            f"{least // branch_count} rows of --branch-count {branch_count}); use more documents, a smaller "
+            "--seq-length or fewer branches"
+        )
     if isinstance(segments, datasets.IterableDataset):
         stream = grain.experimental.WindowShuffleIterDataset(_Stream(segments), window_size=SHUFFLE_WINDOW, seed=seed)
         stream = stream.batch(branch_count, drop_remainder=True, batch_fn=row)
         share = grain.sharding.ShardByJaxProcess()
         per_step = stream.batch(rows_per_step, drop_remainder=True)
-        mine = slice(share.shard_index, None, share.shard_count)
-        return iter(per_step.map(lambda batch: {name: array[mine] for name, array in batch.items()}))
-    if len(segments) < branch_count:
-        raise ValueError(
-            f"the documents give {len(segments)} segments, fewer than --branch-count {branch_count}; use more "
-            "documents, a smaller --seq-length or fewer branches"
+        return iter(
+            per_step.map(
+                lambda batch: {
+                    name: np.split(array, share.shard_count)[share.shard_index] for name, array in batch.items()
+                }
+            )
         )
     source: Any = segments  # indexed by row, as grain wants it
     rows = grain.MapDataset.source(source).shuffle(seed).batch(branch_count, drop_remainder=True, batch_fn=row)
-    return _elastic(rows.repeat(), rows_per_step, workers)
+    return _elastic(rows.repeat(epochs), rows_per_step, workers)
 
 
 def finetune_rows(sizes: Sequence[int], length: int, epochs: int, seed: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ title, context, question, answers{text[]}). Both become flat rows, and rows with
 import gzip
 import json
 import urllib.request
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,7 @@ def _file_rows(path: Path) -> Iterable[Row]:
         if ".jsonl" in path.suffixes:
             return _numbered([json.loads(line) for line in text.split("\n") if line.strip()], str(path))
         return _json_rows(json.loads(text), str(path))
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is not readable as {'JSON lines' if '.jsonl' in path.name else 'JSON'}: {error}"
         ) from None
