@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -411,3 +412,13 @@ def test_contexts_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"no context of .* fits --max-length 9: the shortest needs"):
         finetune(flags)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_is_counted(tmp_path, monkeypatch, capsys):
+    """Backgrounds are shortened first, then samples dropped; no question and no answer is cut."""
+    taken = {}
+    monkeypatch.setattr("pd_jax.train.train", lambda flags, start, data, *_: taken.update(next(data)))
+    finetune(finetune_flags(tmp_path / "out", max_length=112, batch_size=8, max_branches=4, mesh=(1, 8, 1)))
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert re.search(r"contexts, \d+ questions; [1-9]\d* backgrounds shortened and [1-9]\d* contexts dropped", said)
+    assert taken["tokens"].shape == (8, 112)
