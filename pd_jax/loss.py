@@ -4,6 +4,7 @@ The gradients are made in the forward pass, while a chunk's logits are there, so
 (https://arxiv.org/abs/2410.10989, section 3.2).
 """
 
+import math
 from typing import Any
 
 import jax
@@ -18,30 +19,35 @@ CHUNK = 1024  # tokens; at a vocabulary of 151,936 their float32 logits take 0.6
 def weighted_nll(hidden: Array, head: Array, targets: Array, weights: Array, chunk: int = CHUNK) -> Array:
     """sum(weight * -log p(target)), a float32 scalar.
 
-    hidden [..., D] (any float dtype), head [V, D], targets int32 [...], weights float32 [...]. Divide by the sum of the
-    weights only after summing over micro-batches and devices.
+    hidden [..., T, D] (any float dtype), head [V, D], targets int32 [..., T], weights float32 [..., T]. Divide by the
+    sum of the weights only after summing over micro-batches and devices. A chunk takes the same places of all rows,
+    about `chunk` tokens on every device: rows stay on the devices that they are on.
     """
-    d = hidden.shape[-1]
-    hidden, targets, weights = hidden.reshape(-1, d), targets.reshape(-1), weights.reshape(-1)
-    tokens = hidden.shape[0]
-    chunk = -(-tokens // -(-tokens // chunk))  # as many chunks as needed, of equal size: little padding
-    padding = -tokens % chunk
-    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, d)
-    targets = jnp.pad(targets, (0, padding)).reshape(-1, chunk)
-    weights = jnp.pad(weights, (0, padding)).reshape(-1, chunk)
-    return _nll(hidden, head, targets, weights)
+    tokens, d = hidden.shape[-2:]
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = math.prod(mesh.shape[axis] for axis in mesh.axis_names if axis != "tensor")
+    rows = math.prod(hidden.shape[:-2])
+    count = -(-tokens * max(rows // ways, 1) // chunk)
+    size = -(-tokens // count)  # as many chunks as needed, of equal size: little padding
+
+    def cut(array: Array, *rest: int) -> Array:
+        """[..., T, *rest] -> [I, rows, C, *rest]"""
+        array = jnp.pad(array.reshape(rows, tokens, *rest), ((0, 0), (0, -tokens % size), *((0, 0) for _ in rest)))
+        return array.reshape(rows, -1, size, *rest).swapaxes(0, 1)
+
+    return _nll(cut(hidden, d), head, cut(targets), cut(weights))
 
 
 def _scores(x: Array, head: Array, target: Array) -> tuple[Array, Array, Array]:
-    """float32 logits [C, V] of a chunk [C, D], their log-sum-exp [C], and the nll of the targets [C]."""
-    logits = jnp.einsum("cd,vd->cv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    """float32 logits [B, C, V] of a chunk [B, C, D], their log-sum-exp [B, C], and the nll of the targets [B, C]."""
+    logits = jnp.einsum("bcd,vd->bcv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
     lse = jax.nn.logsumexp(logits, axis=-1)
-    return logits, lse, lse - jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+    return logits, lse, lse - jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
 
 
 @jax.custom_vjp
 def _nll(hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
-    """hidden [I, C, D], targets and weights [I, C] -> a scalar."""
+    """hidden [I, B, C, D], targets and weights [I, B, C] -> a scalar."""
 
     def body(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
         x, target, weight = part
@@ -58,10 +64,11 @@ def _forward(hidden: Any, head: Any, targets: Any, weights: Any) -> tuple[Array,
         total, d_head = carry
         x, target, weight = part
         logits, lse, nll = _scores(x, head, target)
-        hit = target[:, None] == jnp.arange(head.shape[0], dtype=target.dtype)
-        d_logits = (weight[:, None] * (jnp.exp(logits - lse[:, None]) - hit)).astype(x.dtype)
+        hit = target[..., None] == jnp.arange(head.shape[0], dtype=target.dtype)
+        d_logits = (weight[..., None] * (jnp.exp(logits - lse[..., None]) - hit)).astype(x.dtype)
         if d_head is not None:  # summed over the chunks in the head's own dtype
-            d_head += outer(x, d_logits).T.astype(d_head.dtype)
+            flat = (array.reshape(-1, array.shape[-1]) for array in (x, d_logits))
+            d_head += outer(*flat).T.astype(d_head.dtype)
         return (total + jnp.sum(weight * nll), d_head), (d_logits @ head.astype(x.dtype), nll)
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros_like(head) if trained else None)
