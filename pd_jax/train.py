@@ -346,8 +346,16 @@ def train(
 
     Run again with the same flags, it resumes from its newest readable checkpoint.
     """
+    output, position, ahead = Path(flags.output_dir), data.get_state(), None
+    if not (output / "checkpoints").is_dir():
+        ahead = next(data, None)  # of a stream only this tells whether there is a first batch
+        if ahead is None:
+            raise ValueError(
+                f"the data end before the first step, which takes {rows_per_step(flags)} rows of {row_length} tokens; "
+                "use more data or smaller rows"
+            )
+
     # -- everything that can be wrong with the call is known by now; from here on files are written
-    output = Path(flags.output_dir)
     trace = Trace(flags.profile, output / "profile")
     adapters = start.adapters
     if start.lora is not None and adapters is None:
@@ -381,6 +389,7 @@ def train(
         else:
             state, position, first = resumed
             data.set_state(position)
+            ahead = None
             say(f"resuming {output} after step {first} of {steps}")
         run_step = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None))
         run_evaluate = jax.jit(evaluate_fn)
@@ -418,15 +427,15 @@ def train(
                 """A checkpoint of now. What ranks it is the last validation loss, or without such data that of the
                 step; a state whose loss is not finite is never saved."""
                 read()
-                saved.save(step, state, data.get_state(), loss)
+                saved.save(step, state, data.get_state() if ahead is None else position, loss)
 
             while step < steps and not stop.hit(step):
-                position = data.get_state()
-                try:
-                    batch = next(data)
-                except StopIteration:
+                if ahead is None:
+                    position, ahead = data.get_state(), next(data, None)
+                if ahead is None:
                     say(f"the data ended after step {step} of {steps}; finishing here")
                     break
+                batch, ahead = ahead, None
                 trace.before(step + 1)
                 state, metrics = run_step(state, frozen, place(flags.gradient_accumulation_steps, batch))
                 read()

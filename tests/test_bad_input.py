@@ -69,7 +69,7 @@ def demo(model: str, *questions: str) -> list[str]:
         (pretrain("base", "--config", "@latin.yaml"), "is not valid YAML"),
         (pretrain("base", "--attention", "splash"), "it needs a TPU, this is cpu"),
         (pretrain("base", "--attention", "flash"), "invalid choice: 'flash'"),
-        (pretrain("base", "--streaming", "--branch-count", "10000"), "80000 are needed"),
+        (pretrain("base", "--streaming", "--branch-count", "10000"), "the data end before the first step"),
         (finetune("not-squad.json"), "not-squad.json"),
         (finetune("no-questions.json"), "questions"),
         (finetune("squad.json", "--max-length", "16"), "no context"),

@@ -4,7 +4,6 @@ A batch is a dict of the arrays of `pd_jax.layout.Layout`, [rows of this process
 returns is JSON and the same on every process, so a run may be resumed with another number of them.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -108,14 +107,6 @@ def pretrain_batches(
     def row(group: Sequence[dict[str, Any]]) -> Row:
         return _lay_out([branch_sample(group)], length, align, "all", pad_id)
 
-    least = branch_count * (rows_per_step if epochs or isinstance(segments, datasets.IterableDataset) else 1)
-    found = sum(1 for _ in itertools.islice(segments, least))
-    if found < least:
-        raise ValueError(
-            f"the documents give {found} segments of --seq-length {seq_length}, {least} are needed (for "
-            f"{least // branch_count} rows of --branch-count {branch_count}); use more documents, a smaller "
-            "--seq-length or fewer branches"
-        )
     if isinstance(segments, datasets.IterableDataset):
         stream = grain.experimental.WindowShuffleIterDataset(_Stream(segments), window_size=SHUFFLE_WINDOW, seed=seed)
         stream = stream.batch(branch_count, drop_remainder=True, batch_fn=row)
@@ -127,6 +118,13 @@ def pretrain_batches(
                     name: np.split(array, share.shard_count)[share.shard_index] for name, array in batch.items()
                 }
             )
+        )
+    least = branch_count * (1 if epochs is None else rows_per_step)
+    if len(segments) < least:
+        raise ValueError(
+            f"the documents give {len(segments)} segments of --seq-length {seq_length}, {least} are needed (for "
+            f"{least // branch_count} rows of --branch-count {branch_count}); use more documents, a smaller "
+            "--seq-length or fewer branches"
         )
     source: Any = segments  # indexed by row, as grain wants it
     rows = grain.MapDataset.source(source).shuffle(seed).batch(branch_count, drop_remainder=True, batch_fn=row)
