@@ -281,7 +281,6 @@ def web(flags: Flags, out: Path) -> dict[str, dict[str, Any]]:
 
 def world(flags: Flags, out: Path) -> dict[str, dict[str, Any]]:
     import quickstart
-
     from pd_jax.data.synthetic import write_squad
 
     here, test = out / "world", out / "world" / "test.json"
