@@ -111,12 +111,17 @@ def _announce(backend: str, refusals: tuple[str, ...], platform: str) -> None:
     log.log(level, "attention: %s on %s%s", backend, platform, why)
 
 
-def choose(backend: str, call: Call, fallback: str) -> str:
+def check_backend(backend: str, call: Call) -> None:
+    """Raise `ValueError` when `backend` was asked for and cannot serve `call`; `auto` always finds one."""
+    reason = None if backend == "auto" else refusal(backend, call)
+    if reason is not None:
+        raise ValueError(f"attention backend {backend!r} cannot run here: {reason}; use 'auto' or 'chunked'")
+
+
+def _choose(backend: str, call: Call, fallback: str) -> str:
     """The backend that serves `call`. Raises `ValueError` when the one asked for cannot."""
+    check_backend(backend, call)
     if backend != "auto":
-        reason = refusal(backend, call)
-        if reason is not None:
-            raise ValueError(f"attention backend {backend!r} cannot run here: {reason}; use 'auto' or 'chunked'")
         return backend
     refusals = {name: refusal(name, call) for name in candidates(call.platform)}
     chosen = next((name for name, reason in refusals.items() if reason is None), fallback)
@@ -173,7 +178,7 @@ def make_attention(coordinates: Coordinates, visibility: Visibility = "columns",
 
     def attend(q: Array, k: Array, v: Array, sibling_bias: Array | None = None) -> Array:
         call = Call(platform, device_kind, visibility, tokens, q.shape[-1], q.dtype, sibling_bias is not None)
-        chosen = choose(backend, call, fallback)
+        chosen = _choose(backend, call, fallback)
         if chosen == "dense":
             bias = (
                 None if sibling_bias is None else jnp.where(siblings[:, None], sibling_bias[None, :, None, None], 0.0)

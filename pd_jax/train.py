@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.progress import track
 
-from pd_jax.attention import Call, choose, target
+from pd_jax.attention import Call, check_backend, target
 from pd_jax.checkpoint import (
     find_model,
     fingerprint,
@@ -208,7 +208,7 @@ def prepare(flags: TrainFlags, row_length: int) -> Start:
     dtype = jnp.dtype({"auto": "float32" if on_cpu else "bfloat16"}.get(flags.dtype, flags.dtype))
     with jax.set_mesh(mesh):
         call = Call(*target(), flags.visibility, row_length, config.head_dim, dtype, config.sibling_bias)
-    choose(flags.attention, call, "chunked")
+    check_backend(flags.attention, call)
     return Start(
         directory=directory,
         config=config,
