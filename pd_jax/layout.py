@@ -226,8 +226,13 @@ def pack(lengths: Iterable[int], capacity: int) -> list[list[int]]:
 
 
 def bucket(size: int, smallest: int = 1) -> int:
-    """The static size that serves `size`: the next power of two, or three quarters of it, from `smallest` on."""
+    """The static size that serves `size`, from `smallest` on: a power of two, or three quarters of it.
+
+    From 512 on there are quarters between powers of two: finer, because a whole forward pays for them, and still
+    multiples of 128, which TPUs' kernels need.
+    """
     power = smallest
     while power < size:
         power *= 2
-    return 3 * power // 4 if power > smallest and power % 4 == 0 and size <= 3 * power // 4 else power
+    step = power // (8 if power >= 1024 else 4)
+    return -(-size // step) * step if power > smallest and step else power

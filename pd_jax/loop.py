@@ -1,7 +1,7 @@
 """Column decoding on the device: a prefill, then jitted blocks of columns, one token of every branch a step.
 
 Axes as in `pd_jax.model`, and S samples, n branches (padded to a bucket), C cache slots. The cache of a layer is
-heads-major, k and v [S, K, C, H]: slots 0..T-1 hold the prefilled row, every decoded column takes the next n slots.
+heads-major, k and v [K*S, C, H]: slots 0..T-1 hold the prefilled row, every decoded column takes the next n slots.
 Beside it stand the coordinates of its slots, never a mask: who sees whom is `columns.column_mask`, as in training.
 
 The first answer token of a branch comes from the prefill's logits at its last prompt token. What a branch emits is fed
@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from pd_jax.attention import make_attention
+from pd_jax.attention import make_attention, target
 from pd_jax.columns import Coordinates, Visibility, column_mask, rope_tables, sibling_mask
 from pd_jax.config import ModelConfig
-from pd_jax.model import PROJECTIONS, Params, block, contraction, logits, rms_norm
+from pd_jax.model import PROJECTIONS, Params, block, contraction, head, rms_norm
 from pd_jax.sampling import Controls, Method, distribution, draw
 
 BLOCK = 32  # columns between two looks of the host, and the smallest room for answers in a cache
@@ -60,7 +60,7 @@ class Prompt(NamedTuple):
 class State:
     """Decoding between two columns.
 
-    cache: (k, v), each [S, K, C, H], of every layer; coordinates: of its slots, [S, C]; slot: the first free one, a
+    cache: (k, v), each [K*S, C, H], of every layer; coordinates: of its slots, [S, C]; slot: the first free one, a
     scalar. count: columns chosen so far, a scalar. Per branch [S, n]: token, chosen last and not fed yet; live: there
     is such a token; done: no more will be chosen; first, given, wait and limit as in `Prompt`; key, of the random
     numbers (None when nothing is sampled); seen bool [S, n, V], the branch's own tokens (None when nothing is
@@ -106,37 +106,63 @@ def unstack(params: Params, dtype: str = "float32") -> Params:
     return {name: jnp.asarray(weight, dtype) for name, weight in params.items()} | {"layers": layers}
 
 
+def _times(x: Array, matrix: Array, dtype: Any = None) -> Array:
+    """x [S, n, I] and a matrix [O, I] of `unstack` -> [S, n, O], in x's dtype or the one asked for.
+
+    On a CPU the matrix stands on the left, and the result is turned back outside of the product: XLA:CPU multiplies
+    x [4 to 16, I] from the left at half the speed, and would put it there again.
+    """
+    if target()[0] != "cpu":
+        return jnp.einsum("sni,oi->sno", x, matrix, preferred_element_type=dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    y = jax.lax.optimization_barrier(jnp.einsum("oi,ni->on", matrix, rows, preferred_element_type=dtype))
+    return y.T.reshape(*x.shape[:2], -1)
+
+
 def _linear(x: Array, name: str, layer: Params, head_dim: int) -> Array:
     """`model.project` with a matrix of `unstack`."""
-    x = x.reshape(*x.shape[:2], -1)
-    y = jnp.einsum("sni,oi->sno", x, layer[name])
+    y = _times(x.reshape(*x.shape[:2], -1), layer[name])
     return y.reshape(*y.shape[:2], -1, head_dim) if name in ("q", "k", "v") else y
+
+
+def _logits(weights: Params, hidden: Array) -> Array:
+    """float32 [S, n, V] from hidden states [S, n, D]."""
+    return _times(hidden, head(weights).astype(hidden.dtype), jnp.float32)
 
 
 # --- one forward: of whole rows, of one column
 def _by_heads(array: Array) -> Array:
-    """[S, K, C, H] split over the kv heads, where there is a mesh (`jax.set_mesh`)."""
+    """New k or v [S, T, K, H] in the cache's order, [K*S, T, H]: one axis of heads and samples, the heads outside.
+
+    With two axes XLA:CPU merges them for the product; for one branch it then writes the cache twice, and so copies it.
+    """
+    s, t, heads, h = array.shape
+    return array.transpose(2, 0, 1, 3).reshape(heads * s, t, h)
+
+
+def _placed(cache: Array) -> Array:
+    """[K*S, C, H] split over the kv heads, where there is a mesh (`jax.set_mesh`)."""
     if jax.sharding.get_abstract_mesh().empty:
-        return array
-    return jax.lax.with_sharding_constraint(array, P(None, "tensor", None, None))
+        return cache
+    return jax.lax.with_sharding_constraint(cache, P("tensor", None, None))
 
 
 def cached_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | None = None) -> Array:
     """`attention.dense_attention` for a few queries over a heads-major cache, the branches folded into the GQA rows.
 
-    q [S, n, N, H], k and v [S, K, C, H], mask [S, n, C], bias [S, N, n, C] -> [S, n, N, H].
+    q [S, n, N, H], k and v [K*S, C, H], mask [S, n, C], bias [S, N, n, C] -> [S, n, N, H].
     """
     s, n, _, h = q.shape
-    heads, slots = k.shape[1:3]
-    rows = q.reshape(s, n, heads, -1, h).swapaxes(1, 2).reshape(s, heads, -1, h)  # [S, K, n*G, H]
-    scores = jnp.einsum("skrh,skch->skrc", rows, k, preferred_element_type=jnp.float32) / math.sqrt(h)
-    scores = scores.reshape(s, heads, n, -1, slots)
+    heads, slots = k.shape[0] // s, k.shape[1]
+    rows = q.reshape(s, n, heads, -1, h).transpose(2, 0, 1, 3, 4).reshape(heads * s, -1, h)  # [K*S, n*G, H]
+    scores = jnp.einsum("brh,bch->brc", rows, k, preferred_element_type=jnp.float32) / math.sqrt(h)
+    scores = scores.reshape(heads, s, n, -1, slots)
     if bias is not None:
-        scores += bias.reshape(s, heads, -1, n, slots).swapaxes(2, 3)
-    scores = jnp.where(mask[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(s, heads, -1, slots)
-    out = jnp.einsum("skrc,skch->skrh", weights, v)
-    return out.reshape(s, heads, n, -1, h).swapaxes(1, 2).reshape(q.shape)
+        scores += bias.reshape(s, heads, -1, n, slots).transpose(1, 0, 3, 2, 4)
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(heads * s, -1, slots)
+    out = jnp.einsum("brc,bch->brh", weights, v)
+    return out.reshape(heads, s, n, -1, h).transpose(1, 2, 0, 3, 4).reshape(q.shape)
 
 
 def encode(
@@ -183,7 +209,7 @@ def feed(weights: Params, program: Program, state: State) -> tuple[State, Array]
         def attend(q: Array, k: Array, v: Array, sibling_bias: Array | None = None, old=old) -> Array:
             # Written first, attended then: the other way round XLA copies the cache.
             k, v = (
-                _by_heads(jax.lax.dynamic_update_slice(past, new.swapaxes(1, 2), (0, 0, state.slot, 0)))
+                _placed(jax.lax.dynamic_update_slice(past, _by_heads(new), (0, state.slot, 0)))
                 for past, new in zip(old, (k, v), strict=True)
             )
             cache.append((k, v))
@@ -194,9 +220,8 @@ def feed(weights: Params, program: Program, state: State) -> tuple[State, Array]
 
         x = block(config, layer, x, rope, attend, partial(_linear, layer=layer, head_dim=config.head_dim))
     hidden = rms_norm(x, weights["norm"], config.rms_norm_eps)
-    return dataclasses.replace(state, cache=cache, coordinates=coordinates, slot=state.slot + n), logits(
-        weights, hidden
-    )
+    state = dataclasses.replace(state, cache=cache, coordinates=coordinates, slot=state.slot + n)
+    return state, _logits(weights, hidden)
 
 
 # --- the loop
@@ -250,7 +275,7 @@ def start(weights: Params, program: Program, prompt: Prompt, seed: Array, room: 
         key = jax.vmap(jax.vmap(partial(jax.random.fold_in, jax.random.key(seed, impl="threefry2x32"))))(prompt.stream)
 
     state = State(
-        cache=[(_by_heads(widen(k.swapaxes(1, 2), 2)), _by_heads(widen(v.swapaxes(1, 2), 2))) for k, v in kept],
+        cache=[(_placed(widen(_by_heads(k), 1)), _placed(widen(_by_heads(v), 1))) for k, v in kept],
         coordinates=jax.tree.map(lambda array: widen(array, 1), where),
         slot=jnp.int32(t),
         count=jnp.int32(0),
@@ -265,7 +290,7 @@ def start(weights: Params, program: Program, prompt: Prompt, seed: Array, room: 
         seen=seen,
     )
     ends = jnp.take_along_axis(hidden, prompt.last[..., None], axis=1)  # [S, n, D]
-    return state, logits(weights, ends)
+    return state, _logits(weights, ends)
 
 
 @partial(jax.jit, static_argnames=("program", "room"))
@@ -310,7 +335,7 @@ def enlarge(state: State, slots: int) -> State:
     cache = state.cache
     for i in range(len(cache)):
         k, v = cache[i]
-        cache[i] = _grow(k, slots, 2), _grow(v, slots, 2)
+        cache[i] = _grow(k, slots, 1), _grow(v, slots, 1)
     coordinates = jax.tree.map(lambda array: _grow(array, slots, 1), state.coordinates)
     return dataclasses.replace(state, coordinates=coordinates)
 
@@ -318,7 +343,7 @@ def enlarge(state: State, slots: int) -> State:
 @partial(jax.jit, static_argnames=("program",))
 def row_logits(weights: Params, tokens: Array, coordinates: Coordinates, *, program: Program) -> Array:
     """float32 [S, T, V]: every token's logits in one forward."""
-    return logits(weights, encode(weights, program, tokens, coordinates)[0])
+    return _logits(weights, encode(weights, program, tokens, coordinates)[0])
 
 
 def cache_bytes(config: ModelConfig, samples: int, tokens: int, branches: int, columns: int, dtype: Any) -> int:

@@ -186,7 +186,7 @@ def compile_decoder(flags: PlanFlags, config: ModelConfig, devices: list[Any]) -
     arrays = jax.eval_shape(begin, jax.random.key(0))
 
     # As `unstack` leaves them: kernels are [out, in], and either side is split.
-    specs = {"embed": SPECS.embed_vd, "lm_head": SPECS.lm_head_vd, "cache": P(None, "tensor", None, None)}
+    specs = {"embed": SPECS.embed_vd, "lm_head": SPECS.lm_head_vd, "cache": P("tensor", None, None)}
     specs |= dict.fromkeys(("q", "k", "v", "gate", "up"), P("tensor", None))
     specs |= dict.fromkeys(("o", "down"), P(None, "tensor"))
 
@@ -344,7 +344,7 @@ def plan_decoding(flags: PlanFlags, config: ModelConfig) -> Plan:
     compiled, weights, cache = compile_decoder(flags, config, devices)
     used = math.gcd(len(devices), config.num_key_value_heads)
     memory, n = compiled.memory_analysis(), flags.branch_count
-    slots = cache[0][0].shape[2]
+    slots = cache[0][0].shape[1]
     read = {name: part for name, part in weights.items() if name != "embed" or config.tie_word_embeddings}
     matrices = sum(x.size for x in jax.tree.leaves(read) if x.ndim > 1)
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * slots

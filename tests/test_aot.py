@@ -131,28 +131,30 @@ def test_the_chunked_loss_saves_the_logits_of_a_whole_vocabulary(platform):
 
 
 # --- decoding
-STAGED = "libtpu stages a cache of a few MB in vector memory and writes all of it back in every column"
+LAYERS = 12  # of Qwen3-4B's 36
+STAGED = {"cuda": 0, "tpu": 2}  # libtpu keeps so many of the 24 cache arrays in vector memory, and writes them back
 
 
-def decoder_program(platform: str):
-    """A block of 16 branches over 1,024 tokens, Qwen3-4B's shape with two layers; and the bytes of its smallest weight
-    matrix or cache array."""
-    config = dataclasses.replace(model_config("Qwen/Qwen3-4B"), num_hidden_layers=2)
+def decoder_program(platform: str, branches: int):
+    """A block of `branches` branches over 1,024 tokens, Qwen3-4B's shape with `LAYERS` layers; the shape of a cache
+    array, and the bytes of the smallest weight matrix or cache array."""
+    config = dataclasses.replace(model_config("Qwen/Qwen3-4B"), num_hidden_layers=LAYERS)
     program = Program(config, "columns", Method())
     weights = jax.eval_shape(lambda key: unstack(init_params(config, key, jnp.bfloat16), "bfloat16"), jax.random.key(0))
-    row, branch = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (1024, 16))
+    row, branch = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (1024, branches))
     flag = jax.ShapeDtypeStruct((1, 1024), jnp.bool_)
-    given = jax.ShapeDtypeStruct((1, 16, 0), jnp.int32)
-    stream = jax.ShapeDtypeStruct((1, 16), jnp.uint32)
+    given = jax.ShapeDtypeStruct((1, branches, 0), jnp.int32)
+    stream = jax.ShapeDtypeStruct((1, branches), jnp.uint32)
     prompt = Prompt(row, Coordinates(row, row, row, flag, flag), branch, branch, given, branch, branch, stream)
     controls = SamplingParams().controls((1,), jax.ShapeDtypeStruct((config.vocab_size,), jnp.bool_))
     controls = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), controls)
     state, _ = jax.eval_shape(partial(prefill, program=program, room=4 * BLOCK), weights, controls, prompt)
-    ended, until = jax.ShapeDtypeStruct((1, 16), jnp.bool_), jax.ShapeDtypeStruct((), jnp.int32)
+    ended, until = jax.ShapeDtypeStruct((1, branches), jnp.bool_), jax.ShapeDtypeStruct((), jnp.int32)
     block = partial(decode_block.__wrapped__, program=program)
     large = jax.tree.leaves((weights["layers"], state.cache))
     least = min(x.size * x.dtype.itemsize for x in large if x.ndim > 1)
-    return compile_for(platform, block, weights, controls, state, ended, until, donate=2), least
+    compiled = compile_for(platform, block, weights, controls, state, ended, until, donate=2)
+    return compiled, state.cache[0][0].shape, least
 
 
 def copies(program, least: int) -> list[str]:
@@ -167,11 +169,14 @@ def copies(program, least: int) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("platform", ["cuda", pytest.param("tpu", marks=pytest.mark.xfail(strict=True, reason=STAGED))])
-def test_decoding_copies_neither_weights_nor_cache(platform):
-    program, least = decoder_program(platform)
+@pytest.mark.parametrize("branches", [1, 16])
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_decoding_copies_neither_weights_nor_cache(platform, branches):
+    program, cache, least = decoder_program(platform, branches)
     assert " while(" in program.as_text()
-    assert copies(program, least) == []
+    found = copies(program, least)
+    assert len(found) <= STAGED[platform]
+    assert set(found) <= {f"bf16[{','.join(map(str, cache))}]"}
 
 
 @pytest.mark.slow
