@@ -105,8 +105,8 @@ def _scores(visibility: Visibility, tiles: Tiles, i: Array, j: Array, q: Array, 
 
 
 def _forward(visibility: Visibility, tiles: Tiles, q: Array, k: Array, v: Array, bias: Array | None):
-    def query_tile(_, item):
-        i, q_i = item
+    def query_tile(queries, i):
+        q_i = queries[i]
 
         def key_tile(j, carry):
             top, total, out = carry
@@ -122,9 +122,11 @@ def _forward(visibility: Visibility, tiles: Tiles, q: Array, k: Array, v: Array,
         rows = jnp.zeros(q_i.shape[:-1], jnp.float32)
         start = (rows + LOWEST, rows, jnp.zeros(q_i.shape, jnp.float32))
         top, total, out = jax.lax.fori_loop(tiles.first[i], tiles.last[i], key_tile, start)
-        return None, ((out / total[..., None]).astype(q.dtype), top + jnp.log(total))
+        return queries.at[i].set((out / total[..., None]).astype(q.dtype)), top + jnp.log(total)
 
-    _, (out, lse) = jax.lax.scan(query_tile, None, (jnp.arange(q.shape[0]), q))
+    # A tile's output takes the place of its queries: for a buffer of its own XLA:CPU makes the zeros of every layer of
+    # an unrolled model at the start.
+    out, lse = jax.lax.scan(query_tile, q, jnp.arange(q.shape[0]))
     return out, (tiles, q, k, v, bias, out, lse)
 
 

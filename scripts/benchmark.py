@@ -3,15 +3,18 @@
     python scripts/benchmark.py attention                      # backends against plain causal attention, and torch
     python scripts/benchmark.py attention --tokens 4096 --dtype bfloat16 --heads 32 --kv-heads 8 --head-dim 128
     python scripts/benchmark.py decode                         # columns against transformers, one by one and batched
-    python scripts/benchmark.py decode --model Qwen/Qwen3-0.6B --threads 2 --background 128 1024 8192 --output d.json
+    python scripts/benchmark.py decode --model Qwen/Qwen3-0.6B --threads 2 --background 128 1024 --output decode.json
 """  # fmt: skip
 
+import ctypes
 import json
+import math
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,34 +25,87 @@ from pd_jax.cli import flag, parse, run
 
 # --- taking turns
 class Contender(NamedTuple):
-    """`call()` returns when its result is there; `memory` is what it needs beside its inputs, in MB, if known."""
+    """`call()` returns when its result is there; `memory` is what it needs beside its inputs, in MB, if known.
+
+    `like`: the contender that took part of the same work before, and how many times its seconds are expected here.
+    """
 
     call: Callable[[], Any]
     memory: float | None = None
+    like: tuple[Any, float] | None = None
 
 
-def fastest(contenders: dict[Any, Contender], repeat: int, on_cpu: bool) -> dict[Any, float]:
-    """Seconds of the fastest of `repeat` calls of each, one call of each at a time: a busy spell hits all alike.
+class Timing(NamedTuple):
+    """Of the fastest call: seconds, seconds of CPU on the main thread, and the most MB that any call took beyond what
+    was held before it."""
 
-    On one core of a CPU the time of this process, not of the clock: other processes then cost little.
+    seconds: float
+    python: float
+    megabytes: float | None
+
+
+class Peak:
+    """MB beyond what was held before: of this process on Linux; elsewhere nothing is said."""
+
+    def __enter__(self) -> "Peak":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed is not held
+        self.before = self._held("VmRSS")
+        if self.before is not None:
+            Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        after = self._held("VmHWM")
+        self.megabytes = None if after is None or self.before is None else after - self.before
+
+    @staticmethod
+    def _held(field: str) -> float | None:
+        status = Path("/proc/self/status")
+        lines = status.read_text().splitlines() if status.exists() else []
+        return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith(field)), None)
+
+
+def fastest(
+    contenders: dict[Any, Contender], repeat: int, on_cpu: bool, patience: float = math.inf
+) -> dict[Any, Timing]:
+    """The fastest of `repeat` calls of each, one call of each at a time: a busy spell hits all alike.
+
+    On one core of a CPU the time of this process, not of the clock: other processes then cost little. A call that would
+    take a contender beyond `patience` seconds in all is not made; the first counts only where there is no other.
     """
     clock = time.process_time if on_cpu else time.perf_counter
-    best: dict[Any, float] = {}
+    best: dict[Any, Timing] = {}
+    spent: dict[Any, float] = {}
+    last: dict[Any, float] = {}
     for turn in range(repeat + 1):
         for name, contender in contenders.items():
-            start = clock()
-            contender.call()
-            if turn:  # the first call compiles
-                best[name] = min(best.get(name, float("inf")), clock() - start)
+            expected = last.get(name, 0.0)
+            if not turn and contender.like is not None:
+                like, times = contender.like
+                expected = last.get(like, math.inf) * times
+            if spent.get(name, 0.0) + expected > patience or (turn and name not in spent):
+                continue
+            with Peak() as peak:
+                start, began = clock(), time.thread_time()
+                contender.call()
+                timing = Timing(clock() - start, time.thread_time() - began, None)
+            spent[name], last[name] = spent.get(name, 0.0) + timing.seconds, timing.seconds
+            old = best.get(name) if turn > 1 else None
+            most = max((m for m in (peak.megabytes, old and old.megabytes) if m is not None), default=None)
+            if old is not None:
+                timing = min(timing, old)  # by seconds
+            best[name] = timing._replace(megabytes=most)
     return best
 
 
-def table(title: str, contenders: dict[str, Contender], seconds: dict[str, float], reference: str) -> None:
+def table(title: str, contenders: dict[str, Contender], timings: dict[str, Timing], reference: str) -> None:
     print(f"\n{title}\n{'':28}{'ms':>10}{'x ' + reference:>22}{'MB':>10}")
     for name, contender in contenders.items():
         memory = "" if contender.memory is None else f"{contender.memory:.0f}"
-        ratio = seconds[reference] / seconds[name]  # throughput: above 1 is faster than the reference
-        print(f"{name:28}{1000 * seconds[name]:10.1f}{ratio:22.2f}{memory:>10}", flush=True)
+        seconds = timings[name].seconds
+        ratio = timings[reference].seconds / seconds  # throughput: above 1 is faster than the reference
+        print(f"{name:28}{1000 * seconds:10.1f}{ratio:22.2f}{memory:>10}", flush=True)
 
 
 def compiled(function: Callable, *arrays: Any) -> Contender:
@@ -255,7 +311,7 @@ def training(repeat: int) -> None:
 @dataclass(frozen=True)
 class DecodeFlags:
     model: str = flag("29m", "shape of the random weights: 29m or a hub id like Qwen/Qwen3-0.6B")
-    branches: tuple[int, ...] = flag((1, 4, 16), "branches over one background")
+    branches: tuple[int, ...] = flag((1, 4, 16, 64), "branches over one background")
     background: tuple[int, ...] = flag((128, 1024), "tokens of the background")
     prompt: int = flag(16, "tokens of every branch's prompt", minimum=1)
     new_tokens: tuple[int, ...] = flag((32,), "tokens that every branch answers; no branch ends earlier")
@@ -264,32 +320,19 @@ class DecodeFlags:
     )
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "auto: float32 on a CPU, bfloat16 elsewhere")
     transformers: bool = flag(True, "compare with transformers.generate where torch is installed")
+    compile: bool = flag(False, "also its static cache with torch.compile, which takes a CPU minutes to compile")
     threads: int = flag(1, "on a CPU: 1 counts the process's own time, more the clock's", minimum=1)
     repeat: int = flag(3, "calls of which the fastest counts", minimum=1)
-    output: str | None = flag(None, "also write everything that was measured to this JSON file")
+    patience: float = flag(120.0, "seconds for all calls of one contender; those expected to take longer are skipped")
+    output: str | None = flag(None, "also write what was measured to this .json file, and a plot beside it")
 
 
-THEIRS = "transformers, one by one", "transformers, batched"
-
-
-class Peak:
-    """MB beyond what was held before: of this process on Linux, of the device elsewhere (which never forgets)."""
-
-    def __enter__(self) -> "Peak":
-        self.before = self._held("VmRSS")
-        if self.before is not None:
-            Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        after = self._held("VmHWM")
-        self.megabytes = None if after is None or self.before is None else after - self.before
-
-    @staticmethod
-    def _held(field: str) -> float | None:
-        status = Path("/proc/self/status")
-        lines = status.read_text().splitlines() if status.exists() else []
-        return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith(field)), None)
+SINGLE, THEIRS, COPIES, COMPILED = (
+    "one by one",
+    "transformers, one by one",
+    "transformers, batched",
+    "transformers, compiled",
+)
 
 
 def bandwidth(on_cpu: bool) -> float:
@@ -301,7 +344,8 @@ def bandwidth(on_cpu: bool) -> float:
     product = compiled(lambda matrix, vector: jnp.einsum("ni,oi->no", vector, matrix), matrix, vector)
     total = compiled(jnp.sum, matrix)
     jax.block_until_ready(matrix)
-    return matrix.nbytes / min(fastest({"product": product, "sum": total}, 5, on_cpu).values())
+    timings = fastest({"product": product, "sum": total}, 5, on_cpu)
+    return matrix.nbytes / min(timing.seconds for timing in timings.values())
 
 
 def tokens_only(vocabulary: int) -> Any:
@@ -313,6 +357,23 @@ def tokens_only(vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<0>")))
 
 
+def generator(model: Any, torch: Any, compile_: bool) -> Callable[[list[list[int]], int], Any]:
+    """transformers.generate over equally long rows: greedy, to the last token asked for."""
+    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    if compile_:
+        from transformers import CompileConfig
+
+        how = CompileConfig(mode="default", fullgraph=False)
+        how._compile_all_devices = True  # a CPU too
+        settings |= {"cache_implementation": "static", "compile_config": how}
+
+    def generate(ids: list[list[int]], new: int) -> Any:
+        given = torch.tensor(ids, device=model.device)
+        return model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=new, **settings)
+
+    return generate
+
+
 def decode(flags: DecodeFlags) -> None:
     import jax
     import numpy as np
@@ -321,8 +382,9 @@ def decode(flags: DecodeFlags) -> None:
 
     from pd_jax import ParallelDecoder
     from pd_jax.layout import Branch, TokenSample
-    from pd_jax.loop import cache_bytes, unstack
+    from pd_jax.loop import BLOCK, cache_bytes, unstack
     from pd_jax.model import init_params
+    from pd_jax.pictures import draw_decoding
 
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
@@ -331,7 +393,12 @@ def decode(flags: DecodeFlags) -> None:
     config, rng = shape_of(flags.model), np.random.default_rng(0)
     params = init_params(config, jax.random.key(0, impl="rbg"), dtype)
     torch: Any = import_torch(flags.threads) if flags.transformers else None
-    theirs: Any = None if torch is None else in_transformers(config, params, dtype, "cpu" if on_cpu else "cuda")
+    theirs: dict[str, Callable] = {}
+    if torch is not None:
+        model = in_transformers(config, params, dtype, "cpu" if on_cpu else "cuda")
+        theirs = {COPIES: generator(model, torch, False)} | (
+            {COMPILED: generator(model, torch, True)} if flags.compile else {}
+        )
     weights = unstack(params, dtype)
     never = (config.vocab_size,)
     tokenizer = tokens_only(config.vocab_size)
@@ -339,87 +406,97 @@ def decode(flags: DecodeFlags) -> None:
     for name in flags.visibility:
         align = "ragged" if name == "isolated" else "left"
         ours[name] = ParallelDecoder(config, weights, tokenizer, never, dtype=dtype, visibility=name, align=align)
-
-    def generate(ids: list[list[int]], new: int) -> Any:
-        given = torch.tensor(ids, device=theirs.device)
-        settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        return theirs.generate(given, attention_mask=torch.ones_like(given), **settings)
+    # One by one takes n times what one branch takes; its fastest call, n times.
+    single = {SINGLE: flags.visibility[-1]} | ({THEIRS: COPIES} if theirs else {})
 
     rows: list[dict[str, Any]] = []
     most, speed = max(flags.branches), bandwidth(cpu_time)
+    counts, lengths = sorted({1, *flags.branches}), sorted({1, *flags.new_tokens})
     for length in flags.background:
         background = rng.integers(config.vocab_size, size=length).tolist()
         prompts = rng.integers(config.vocab_size, size=(most, flags.prompt)).tolist()
         contenders: dict[tuple[str, int, int], Contender] = {}
-        for new in sorted({1, *flags.new_tokens}):
-            for n in sorted({1, *flags.branches}):
+        for new in lengths:
+            for n in counts:
                 sample = TokenSample(background, [Branch(ids) for ids in prompts[:n]])
                 for name, decoder in ours.items():
                     call = partial(decoder.generate, [sample], max_new_tokens=new)
                     contenders[name, n, new] = Contender(call)
-                if theirs is not None:
+                for name, generate in theirs.items():
                     call = partial(generate, [background + ids for ids in prompts[:n]], new)
-                    contenders[THEIRS[1], n, new] = Contender(call)
-        seconds = fastest(contenders, flags.repeat, cpu_time)
+                    before = counts[counts.index(n) - 1]
+                    like = None if n == 1 else ((name, before, new), n / before)
+                    contenders[name, n, new] = Contender(call, like=like)
+        timings = fastest(contenders, flags.repeat, cpu_time, flags.patience)
         for new in flags.new_tokens:
-            # One by one takes n times what one branch takes; its fastest call, n times.
-            single = {"one by one": flags.visibility[-1], THEIRS[0]: THEIRS[1]}
             for n in flags.branches:
-                for name in (*ours, "one by one", *(THEIRS if theirs is not None else ())):
+                for name in (*ours, *single, *theirs):
                     key, times = ((single[name], 1), n) if name in single else ((name, n), 1)
-                    whole, first = times * seconds[*key, new], times * seconds[*key, 1]
-                    column = (whole - first) / max(new - 1, 1)
-                    with Peak() as peak:
-                        contenders[*key, new].call()
+                    if not {(*key, new), (*key, 1)} <= timings.keys():
+                        print(f"skipped: {name}, {n} branches over {length} tokens: beyond --patience {flags.patience}")
+                        continue
+                    whole, first = timings[*key, new], timings[*key, 1]
+                    column = times * (whole.seconds - first.seconds) / max(new - 1, 1)
                     # Read in every column: all weights but an embedding that is not the head, and half the answers.
-                    copies = n if name in (THEIRS[1], *single) else 1
+                    copies = 1 if name in ours else n
                     read = sum(x.nbytes for x in jax.tree.leaves(weights)) * times
                     read -= 0 if config.tie_word_embeddings else weights["embed"].nbytes * times
                     read += cache_bytes(config, copies, length, n // copies, flags.prompt + new // 2, dtype)
+                    host = None
+                    if name in ours and new > 1:  # the host looks at a block at a time
+                        host = 1e3 * (whole.python - first.python) / math.ceil((new - 1) / BLOCK)
                     rows.append(
                         {
                             "contender": name,
                             "background": length,
                             "branches": n,
                             "new_tokens": new,
-                            "seconds": whole,
-                            "prefill_ms": 1e3 * first,
-                            "column_ms": 1e3 * column,
-                            "tokens_per_second": n * new / whole,
+                            "seconds": times * whole.seconds,
+                            "prefill_ms": 1e3 * times * first.seconds,
+                            "column_ms": 1e3 * column if new > 1 else None,
+                            "tokens_per_second": n * new / (times * whole.seconds),
                             "roofline": read / speed / column if new > 1 else None,
-                            "megabytes": peak.megabytes,
+                            "megabytes": whole.megabytes,
+                            "python_ms": host,
                         }
                     )
-    reference = {(r["background"], r["new_tokens"], r["branches"], r["contender"]): r for r in rows}
+    found = {(r["background"], r["new_tokens"], r["branches"], r["contender"]): r for r in rows}
     load = os.getloadavg()[0]
     clock = "process time" if cpu_time else "clock"
+    about = {"model": flags.model, "dtype": dtype, "device": device.device_kind, "threads": flags.threads}
+    about |= {"clock": clock, "load": load, "bandwidth": speed, "rows": rows}
     grid = Table(
         title=f"{flags.model} {dtype} on {device.device_kind}, {flags.threads} threads ({clock}), load {load:.1f}, "
-        f"{speed / 1e9:.1f} GB/s; x: times as fast, whole calls",
+        f"{speed / 1e9:.1f} GB/s; x: times as fast, whole calls; python ms: of the host, a block of {BLOCK} columns",
     )
     heads = (
-        "background branches new contender s prefill_ms column_ms t(n)/t(1) tokens/s roofline MB x_one_by_one x_batched"
+        "background branches new contender s prefill_ms column_ms t(n)/t(1) tokens/s roofline MB python_ms x_single "
+        "x_batched x_column"
     )
     for text in heads.split():
         grid.add_column(text.replace("_", " "), justify="left" if text == "contender" else "right")
     for row in rows:
         case = row["background"], row["new_tokens"]
-        one = reference.get((*case, 1, row["contender"]))
-        row["growth"] = None if one is None or row["new_tokens"] == 1 else row["column_ms"] / one["column_ms"]
-        for name, other in zip(("x_one_by_one", "x_batched"), THEIRS, strict=True):
-            against = reference.get((*case, row["branches"], other))
-            row[name] = None if against is None else against["seconds"] / row["seconds"]
+        one = found.get((*case, 1, row["contender"]))
+        row["growth"] = row["column_ms"] / one["column_ms"] if one is not None and row["column_ms"] else None
+        for name, other, field in (
+            ("x_one_by_one", THEIRS, "seconds"),
+            ("x_batched", COPIES, "seconds"),
+            ("x_batched_column", COPIES, "column_ms"),
+        ):
+            against = found.get((*case, row["branches"], other))
+            row[name] = None if against is None or row[field] is None else against[field] / row[field]
         shown = [row["seconds"], row["prefill_ms"], row["column_ms"], row["growth"], row["tokens_per_second"]]
-        shown += [row["roofline"], row["megabytes"], row["x_one_by_one"], row["x_batched"]]
-        digits = (2, 1, 2, 2, 0, 2, 0, 2, 2)
+        shown += [row["roofline"], row["megabytes"], row["python_ms"]]
+        shown += [row["x_one_by_one"], row["x_batched"], row["x_batched_column"]]
+        digits = (2, 1, 2, 2, 0, 2, 0, 2, 2, 2, 2)
         cells = ["" if x is None else f"{x:.{d}f}" for x, d in zip(shown, digits, strict=True)]
         grid.add_row(*map(str, (*case[:1], row["branches"], case[1])), row["contender"], *cells)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(grid)
     if flags.output is not None:
-        about = {"model": flags.model, "dtype": dtype, "device": device.device_kind, "threads": flags.threads}
-        about |= {"clock": clock, "load": load, "bandwidth": speed, "rows": rows}
         Path(flags.output).write_text(json.dumps(about, indent=2) + "\n")
+        draw_decoding(about, Path(flags.output).with_suffix(".png"))
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {

@@ -12,16 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pd_jax.columns import Coordinates
 from pd_jax.config import ModelConfig
-from pd_jax.loop import BLOCK, Program, Prompt, decode_block, prefill, unstack
+from pd_jax.loop import BLOCK, Program, decode_block
 from pd_jax.loss import weighted_nll
 from pd_jax.model import forward, head, init_params
 from pd_jax.plan import model_config, topology
-from pd_jax.sampling import Method, SamplingParams
+from pd_jax.sampling import Method
 
 pytestmark = pytest.mark.aot
 ROWS, TOKENS = 2, 4096
@@ -140,20 +141,12 @@ def decoder_program(platform: str, branches: int):
     array, and the bytes of the smallest weight matrix or cache array."""
     config = dataclasses.replace(model_config("Qwen/Qwen3-4B"), num_hidden_layers=LAYERS)
     program = Program(config, "columns", Method())
-    weights = jax.eval_shape(lambda key: unstack(init_params(config, key, jnp.bfloat16), "bfloat16"), jax.random.key(0))
-    row, branch = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (1024, branches))
-    flag = jax.ShapeDtypeStruct((1, 1024), jnp.bool_)
-    given = jax.ShapeDtypeStruct((1, branches, 0), jnp.int32)
-    stream = jax.ShapeDtypeStruct((1, branches), jnp.uint32)
-    prompt = Prompt(row, Coordinates(row, row, row, flag, flag), branch, branch, given, branch, branch, stream)
-    controls = SamplingParams().controls((1,), jax.ShapeDtypeStruct((config.vocab_size,), jnp.bool_))
-    controls = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), controls)
-    state, _ = jax.eval_shape(partial(prefill, program=program, room=4 * BLOCK), weights, controls, prompt)
-    ended, until = jax.ShapeDtypeStruct((1, branches), jnp.bool_), jax.ShapeDtypeStruct((), jnp.int32)
+    _, arguments = tiny.decoding(program, "bfloat16", 1024, branches, 4 * BLOCK)
+    weights, _, state, *_ = arguments
     block = partial(decode_block.__wrapped__, program=program)
     large = jax.tree.leaves((weights["layers"], state.cache))
     least = min(x.size * x.dtype.itemsize for x in large if x.ndim > 1)
-    compiled = compile_for(platform, block, weights, controls, state, ended, until, donate=2)
+    compiled = compile_for(platform, block, *arguments, donate=2)
     return compiled, state.cache[0][0].shape, least
 
 

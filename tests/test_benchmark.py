@@ -28,10 +28,11 @@ def test_attention():
 
 @pytest.mark.slow
 def test_decode(tmp_path):
-    sizes = ["--branches", "1", "2", "--background", "16", "--new-tokens", "3", "--repeat", "1"]
+    sizes = ["--branches", "1", "2", "--background", "16", "--new-tokens", "3", "--repeat", "1"]  # a 29M model
     report("decode", *sizes, "--no-transformers", "--output", str(tmp_path / "d.json"))
     rows = json.loads((tmp_path / "d.json").read_text())["rows"]
     assert {(r["contender"], r["branches"]) for r in rows} == {
         (name, n) for name in ("columns", "isolated", "one by one") for n in (1, 2)
     }
     assert all(r["column_ms"] > 0 for r in rows)
+    assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
