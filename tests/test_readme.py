@@ -33,6 +33,8 @@ def test_every_flag_exists(command):
     script, argv = Path(command[1]), command[2:]
     if script.stem in FLAGS:
         flags = getattr(importlib.import_module("pd_jax.flags"), FLAGS[script.stem])
+    elif script.stem == "benchmark":
+        (flags, _), argv = runpy.run_path(str(ROOT / script))["COMMANDS"][argv[0]], argv[1:]
     else:
         flags = runpy.run_path(str(ROOT / script))["Flags"]
     parse(flags, [str(ROOT / a) if a.startswith("configs/") else a for a in argv])
