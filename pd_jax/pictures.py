@@ -93,7 +93,7 @@ def draw_decoding(measured: Mapping[str, Any], path: Path) -> None:
     plt = _pyplot()
     longest = max(row["new_tokens"] for row in measured["rows"])
     rows = [row for row in measured["rows"] if row["new_tokens"] == longest]
-    lengths, names = (sorted({row[key] for row in rows}) for key in ("background", "contender"))
+    lengths, names, counts = (sorted({row[key] for row in rows}) for key in ("background", "contender", "branches"))
     figure, panels = plt.subplots(2, len(lengths), figsize=(4.5 * len(lengths), 7), squeeze=False, sharey="row")
     for across, length in enumerate(lengths):
         for axes, key, label in zip(
@@ -103,9 +103,10 @@ def draw_decoding(measured: Mapping[str, Any], path: Path) -> None:
                 points = [(r["branches"], r[key]) for r in rows if (r["background"], r["contender"]) == (length, name)]
                 points = [(n, y) for n, y in sorted(points) if y is not None and y > 0]
                 style = "--" if name.startswith("transformers") else "-"
-                axes.plot(*zip(*points, strict=True), style, marker="o", label=name) if points else None
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, marker="o", label=name)
             axes.set(xscale="log", yscale="log", xlabel="branches", ylabel=label, title=f"background {length}")
-            axes.set_xticks(counts := sorted({r["branches"] for r in rows}), [str(n) for n in counts])
+            axes.set_xticks(counts, [str(n) for n in counts])
             axes.grid(alpha=0.3)
     panels[0, 0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"{measured['model']} {measured['dtype']}, {measured['device']}, {measured['threads']} threads")

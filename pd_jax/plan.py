@@ -166,24 +166,30 @@ def compile_train_step(flags: PlanFlags, config: ModelConfig, devices: list[Any]
         return jitted.lower(state, frozen, batch).compile(), state, frozen
 
 
+def decoder_arguments(program: Program, dtype: str, tokens: int, branches: int, room: int) -> tuple[tuple, tuple]:
+    """The arguments of `loop.prefill` and of `loop.decode_block`, as trees of ShapeDtypeStruct: one row of `tokens` and
+    `branches`, and a cache with room for `room` columns."""
+
+    def begin(key: jax.Array) -> tuple:
+        row, branch = jnp.zeros((1, tokens), jnp.int32), jnp.zeros((1, branches), jnp.int32)
+        coordinates = Coordinates(row, row, row, row == 0, row == 0)
+        prompt = Prompt(row, coordinates, branch, branch, branch[..., None][..., :0], branch, branch, branch)
+        weights = unstack(init_params(program.config, key, dtype), dtype)
+        controls = SamplingParams().controls((1,), jnp.ones(program.config.vocab_size, bool))
+        state, _ = prefill(weights, controls, prompt, program=program, room=room)
+        return (weights, controls, prompt), (weights, controls, state, branch == 0, jnp.int32(room))
+
+    return jax.eval_shape(begin, jax.random.key(0))
+
+
 def compile_decoder(flags: PlanFlags, config: ModelConfig, devices: list[Any]) -> tuple[Any, Any, Any]:
     """`loop.decode_block` in bfloat16 for one row of branches, compiled for as many of `devices` as share out the kv
     heads; its abstract weights and cache."""
     mesh = make_mesh(1, 1, -1, devices=devices[: math.gcd(len(devices), config.num_key_value_heads)])
     check_model(config, mesh)
-    samples, branches, length = 1, flags.branch_count, flags.branch_count * flags.seq_length
+    branches, length = flags.branch_count, flags.branch_count * flags.seq_length
     program = Program(config, "columns", Method())
-
-    def begin(key: jax.Array) -> tuple:
-        row, branch = jnp.zeros((samples, length), jnp.int32), jnp.zeros((samples, branches), jnp.int32)
-        coordinates = Coordinates(row, row, row, row == 0, row == 0)
-        prompt = Prompt(row, coordinates, branch, branch, branch[..., None][..., :0], branch, branch, branch)
-        weights = unstack(init_params(config, key), "bfloat16")
-        controls = SamplingParams().controls((1,), jnp.ones(config.vocab_size, bool))
-        state, _ = prefill(weights, controls, prompt, program=program, room=4 * BLOCK)
-        return weights, controls, state, branch == 0, jnp.int32(BLOCK)
-
-    arrays = jax.eval_shape(begin, jax.random.key(0))
+    _, arrays = decoder_arguments(program, "bfloat16", length, branches, 4 * BLOCK)
 
     # As `unstack` leaves them: kernels are [out, in], and either side is split.
     specs = {"embed": SPECS.embed_vd, "lm_head": SPECS.lm_head_vd, "cache": P("tensor", None, None)}

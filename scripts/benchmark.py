@@ -77,24 +77,24 @@ def fastest(
     clock = time.process_time if on_cpu else time.perf_counter
     best: dict[Any, Timing] = {}
     spent: dict[Any, float] = {}
-    last: dict[Any, float] = {}
     for turn in range(repeat + 1):
         for name, contender in contenders.items():
-            expected = last.get(name, 0.0)
-            if not turn and contender.like is not None:
-                like, times = contender.like
-                expected = last.get(like, math.inf) * times
-            if spent.get(name, 0.0) + expected > patience or (turn and name not in spent):
+            expected = 0.0
+            before = (name, 1.0) if turn else contender.like
+            if before is not None:
+                like, times = before
+                expected = best[like].seconds * times if like in best else math.inf  # one that was skipped
+            if spent.get(name, 0.0) + expected > patience:
                 continue
             with Peak() as peak:
                 start, began = clock(), time.thread_time()
                 contender.call()
                 timing = Timing(clock() - start, time.thread_time() - began, None)
-            spent[name], last[name] = spent.get(name, 0.0) + timing.seconds, timing.seconds
+            spent[name] = spent.get(name, 0.0) + timing.seconds
             old = best.get(name) if turn > 1 else None
             most = max((m for m in (peak.megabytes, old and old.megabytes) if m is not None), default=None)
             if old is not None:
-                timing = min(timing, old)  # by seconds
+                timing = min(timing, old, key=lambda t: t.seconds)
             best[name] = timing._replace(megabytes=most)
     return best
 

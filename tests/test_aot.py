@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,7 +20,7 @@ from pd_jax.config import ModelConfig
 from pd_jax.loop import BLOCK, Program, decode_block
 from pd_jax.loss import weighted_nll
 from pd_jax.model import forward, head, init_params
-from pd_jax.plan import model_config, topology
+from pd_jax.plan import decoder_arguments, model_config, topology
 from pd_jax.sampling import Method
 
 pytestmark = pytest.mark.aot
@@ -141,7 +140,7 @@ def decoder_program(platform: str, branches: int):
     array, and the bytes of the smallest weight matrix or cache array."""
     config = dataclasses.replace(model_config("Qwen/Qwen3-4B"), num_hidden_layers=LAYERS)
     program = Program(config, "columns", Method())
-    _, arguments = tiny.decoding(program, "bfloat16", 1024, branches, 4 * BLOCK)
+    _, arguments = decoder_arguments(program, "bfloat16", 1024, branches, 4 * BLOCK)
     weights, _, state, *_ = arguments
     block = partial(decode_block.__wrapped__, program=program)
     large = jax.tree.leaves((weights["layers"], state.cache))

@@ -19,7 +19,7 @@ from pd_jax.decode import _prompt, _Transcript
 from pd_jax.layout import ALIGNMENTS, Branch, TokenSample, answer_columns
 from pd_jax.loop import BLOCK, Program, cache_bytes, decode_block, feed, prefill, start
 from pd_jax.model import PROJECTIONS, init_params
-from pd_jax.plan import model_config
+from pd_jax.plan import decoder_arguments, model_config
 from pd_jax.sampling import Controls, Method, cut, distribution, draw
 from pd_jax.sharding import make_mesh
 from pd_jax.weights import write_params
@@ -432,7 +432,7 @@ def test_a_call_needs_its_weights_its_cache_and_a_tenth(tokens):
     """Qwen3-0.6B, 16 branches: what XLA reserves for the prefill and for a block of columns."""
     config, room = model_config("Qwen/Qwen3-0.6B"), BLOCK
     program = Program(config, "columns", Method())
-    first, then = tiny.decoding(program, "float32", tokens, 16, room)
+    first, then = decoder_arguments(program, "float32", tokens, 16, room)
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(first[0]))
     limit = 1.1 * (weights + cache_bytes(config, 1, tokens, 16, room, "float32"))
     for lowered in (prefill.lower(*first, program=program, room=room), decode_block.lower(*then, program=program)):

@@ -1,19 +1,13 @@
-"""A tokenizer and model directories small enough for every test; and real shapes, without arrays."""
+"""A tokenizer and model directories small enough for every test."""
 
 import json
 from functools import cache
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pd_jax.columns import Coordinates
 from pd_jax.config import ModelConfig
-from pd_jax.loop import Program, Prompt, prefill, unstack
-from pd_jax.model import init_params
-from pd_jax.sampling import SamplingParams
 
 TEXTS = [
     "Context: The tower is red and the river is long. Question: What colour is the tower? Answer: red",
@@ -83,19 +77,3 @@ def squad(path: Path, count: int = 12) -> Path:
         paragraphs.append({"context": context, "qas": qas})
     path.write_text(json.dumps({"version": "1.1", "data": [{"title": "towers", "paragraphs": paragraphs}]}))
     return path
-
-
-def decoding(program: Program, dtype: str, tokens: int, branches: int, room: int) -> tuple[tuple, tuple]:
-    """The arguments of `prefill` and those of `decode_block`, for one row, as trees of ShapeDtypeStruct."""
-    config = program.config
-
-    def begin(key: jax.Array) -> tuple:
-        row, branch = jnp.zeros((1, tokens), jnp.int32), jnp.zeros((1, branches), jnp.int32)
-        coordinates = Coordinates(row, row, row, row == 0, row == 0)
-        prompt = Prompt(row, coordinates, branch, branch, branch[..., None][..., :0], branch, branch, branch)
-        weights = unstack(init_params(config, key, dtype), dtype)
-        controls = SamplingParams().controls((1,), jnp.ones(config.vocab_size, bool))
-        state, _ = prefill(weights, controls, prompt, program=program, room=room)
-        return (weights, controls, prompt), (weights, controls, state, branch == 0, jnp.int32(room))
-
-    return jax.eval_shape(begin, jax.random.key(0))
