@@ -13,11 +13,12 @@ import tiny
 
 import pd_jax.decode
 from pd_jax import ParallelDecoder, Sample, SamplingParams, lora
+from pd_jax.attention import dense_attention
 from pd_jax.checkpoint import save_model
 from pd_jax.config import LoraConfig
 from pd_jax.decode import _prompt, _Transcript
 from pd_jax.layout import ALIGNMENTS, Branch, TokenSample, answer_columns
-from pd_jax.loop import BLOCK, Program, cache_bytes, decode_block, feed, prefill, start
+from pd_jax.loop import BLOCK, Program, cache_bytes, cached_attention, decode_block, feed, prefill, start
 from pd_jax.model import PROJECTIONS, init_params
 from pd_jax.plan import decoder_arguments, model_config
 from pd_jax.sampling import Controls, Method, cut, distribution, draw
@@ -71,6 +72,22 @@ def tokens(results):
 
 
 # --- the invariant
+@pytest.mark.parametrize("branches", [1, 4, 32, 33])  # 2, 8, 64 and 66 rows a kv head: on a CPU the order changes
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_over_the_cache_is_dense_attention(branches, biased):
+    samples, heads, kv_heads, slots, size = 2, 6, 3, 40, 16
+    rng = np.random.default_rng(branches)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((samples, *shape, size)), jnp.float32)
+        for shape in ((branches, heads), (slots, kv_heads), (slots, kv_heads))
+    )
+    mask = jnp.asarray(rng.random((samples, branches, slots)) < 0.5).at[..., 0].set(True)
+    bias = jnp.asarray(rng.standard_normal((samples, heads, branches, slots)), jnp.float32) if biased else None
+    k_cached, v_cached = (jnp.transpose(x, (2, 0, 1, 3)).reshape(kv_heads * samples, slots, size) for x in (k, v))
+    ours = jax.jit(cached_attention)(q, k_cached, v_cached, mask, bias)
+    np.testing.assert_allclose(ours, dense_attention(q, k, v, mask, bias), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("visibility", ["columns", "isolated", "prompts"])
 def test_incremental_logits_equal_one_forward(visibility):
     program = Program(PAIRED, visibility, Method())
