@@ -1,8 +1,10 @@
 """The benchmarks run, at sizes that say nothing, and report every contender that this machine has."""
 
+import importlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,27 @@ def test_attention():
     for name in ("causal", "dense", "chunked"):
         assert text.count(f"\n{name} ") == 2
     assert "skipped: attention backend 'splash' cannot run here: it needs a TPU" in text
+
+
+def test_compiling_is_neither_timed_nor_charged_and_what_takes_too_long_is_not_called(monkeypatch):
+    monkeypatch.syspath_prepend(Path(SCRIPT).parent)
+    benchmark = importlib.import_module("benchmark")
+    calls = []
+
+    def contender(name, *seconds, **about):
+        pauses = iter(seconds)
+        return benchmark.Contender(lambda: calls.append(name) or time.sleep(next(pauses)), **about)
+
+    contenders = {
+        "compiles": contender("compiles", 0.4, 0.01, 0.01, compiles=True),
+        "slow": contender("slow", 0.15, 0.15),
+        "slower": contender("slower", like=("slow", 4.0)),
+        "compiles slowly": contender("compiles slowly", like=("slower", 1.0), compiles=True),
+    }
+    timings = benchmark.fastest(contenders, 2, on_cpu=False, patience=0.2)
+    assert calls == ["compiles", "slow", "compiles", "compiles"]
+    assert timings.keys() == {"compiles", "slow"}
+    assert timings["compiles"].seconds < 0.1 < timings["slow"].seconds
 
 
 @pytest.mark.slow
