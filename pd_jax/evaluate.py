@@ -24,7 +24,7 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from pd_jax.baselines import Decoded
 from pd_jax.config import SECTION, read_config_json
-from pd_jax.data.squad import Context, load_squad, select
+from pd_jax.data.squad import Context, load_squad, select, to_tokens
 from pd_jax.flags import EvaluateFlags
 from pd_jax.metrics import answer_of, leaks, score, summarize
 from pd_jax.report import print_table, write_report
@@ -236,16 +236,18 @@ def _describe(context: Context, metric: str) -> dict[str, Any]:
     return {"title": context.title, "text": context.text, "questions": questions}
 
 
-def _prepare(flags: EvaluateFlags) -> tuple[list[str], list[str], dict[str, Any], Any, tuple[int, ...]]:
-    """Row names, notes, the source of every row, and the tokenizer and end-of-sequence set that they share."""
+def _prepare(flags: EvaluateFlags) -> tuple[list[str], list[str], dict[str, Any], Any, tuple[int, ...], int]:
+    """Row names, notes, the source of every row; what all share: tokenizer, end-of-sequence set, and most columns."""
     from pd_jax.checkpoint import load_config, load_eos_ids, load_tokenizer
 
     names, notes = choose_rows(flags)
     sources = find_sources(names, flags)
+    most = []
     for name in names:  # refuse what we cannot read
         source = sources[name]
         plain = way(name) in HF_ROWS and SECTION not in read_config_json(source.model)
-        load_config(source.model, () if plain else None if way(name) in HF_ROWS else flags.pair_indices, source.adapter)
+        pairs = () if plain else None if way(name) in HF_ROWS else flags.pair_indices
+        most.append(load_config(source.model, pairs, source.adapter).max_position_embeddings)
     tokenizers = {source.model: load_tokenizer(source.model) for source in sources.values()}
     first, tokenizer = next(iter(tokenizers.items()))
     for directory, other in tokenizers.items():
@@ -261,7 +263,20 @@ def _prepare(flags: EvaluateFlags) -> tuple[list[str], list[str], dict[str, Any]
                 f"{directory} was trained with RoPE pairs {pairs} on the branch axis; transformers turns every pair "
                 "with the column, so the hf rows show it without its 2D RoPE"
             )
-    return names, notes, sources, tokenizer, tuple(eos_ids)
+    return names, notes, sources, tokenizer, tuple(eos_ids), min(most)
+
+
+def _check_lengths(contexts: Sequence[Context], tokenizer: Any, max_new_tokens: int, most: int) -> None:
+    """Raise `ValueError` when a context, its longest question and the answer take more columns than a model has."""
+    for context in contexts:
+        sample = to_tokens(context, tokenizer, 0)
+        columns = len(sample.background) + sample.prompt_columns + max_new_tokens
+        if columns > most:
+            raise ValueError(
+                f"question {context.questions[0].id}: its context, the longest question about it and --max-new-tokens "
+                f"{max_new_tokens} take {columns} columns, the model has max_position_embeddings {most}; shorten the "
+                "context or lower --max-new-tokens"
+            )
 
 
 def _settings(flags: EvaluateFlags, sources: dict[str, Any], contexts: list[Context], eos_ids: Sequence[int]) -> Any:
@@ -301,9 +316,10 @@ def evaluate(flags: EvaluateFlags) -> dict[str, Any]:
 
 
 def _run(flags: EvaluateFlags, console: Console) -> dict[str, Any]:
-    names, notes, sources, tokenizer, eos_ids = _prepare(flags)
+    names, notes, sources, tokenizer, eos_ids, most = _prepare(flags)
     contexts = load_squad(flags.dataset_name, flags.dataset_split, flags.local_files_only)
     contexts = select(contexts, flags.max_branches, flags.min_questions, flags.max_eval_samples)
+    _check_lengths(contexts, tokenizer, flags.max_new_tokens, most)
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True, markup=False)
     settings = _settings(flags, sources, contexts, eos_ids)

@@ -74,6 +74,10 @@ def demo(model: str, *questions: str) -> list[str]:
         (finetune("no-questions.json"), "questions"),
         (finetune("squad.json", "--max-length", "16"), "no context"),
         (finetune("squad.json", "--max-eval-samples", "2"), "--max-eval-samples"),
+        (
+            ["evaluate", "--ft-model", "@base", "--dataset-name", "@squad.json", "--max-new-tokens", "32768"],
+            "max_position_embeddings 32768; shorten the context or lower --max-new-tokens",
+        ),
         (demo("base", ""), "--questions has an empty one"),
         (demo("base"), "belong together"),
         (demo("adapter", "How high?"), "pass it as --base-model"),
