@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "dense", "chunked", "splash", "tokamax", "cudnn")
 FLASH = {"splash": splash.splash_attention, "tokamax": gpu.tokamax_attention, "cudnn": gpu.cudnn_attention}
-CPU_TILE, TILE = 128, 512  # tokens of a tile of `chunked`; on a CPU its float32 scores should stay in the cache
+TILE = 512  # tokens of a tile of `chunked`
+CPU_TILE, CPU_LONG_TILE = 128, 256  # float32 scores that stay in the cache; XLA:CPU leaves products of 128 to one core
 
 
 class Attention(Protocol):
@@ -159,8 +160,8 @@ def make_attention(coordinates: Coordinates, visibility: Visibility = "columns",
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
     platform, device_kind = target()
-    tile = CPU_TILE if platform == "cpu" else TILE
     tokens = coordinates.column.shape[-1]
+    tile = TILE if platform != "cpu" else CPU_TILE if tokens < 1024 else CPU_LONG_TILE
     fallback = "dense" if tokens <= tile else "chunked"
     # The masks of all backends that a call may take are made here, outside the scan over the layers; under jit those
     # not taken are dropped.
