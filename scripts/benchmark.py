@@ -25,8 +25,9 @@ from pd_jax.cli import flag, parse, run
 
 # --- taking turns
 class Contender(NamedTuple):
-    """`call()` returns when its result is there; `memory` is what it needs beside its inputs, in MB, if known.
+    """`call()` returns when its result is there, perhaps with the `Moment` of its first token.
 
+    `memory` is what it needs beside its inputs, in MB, if known.
     `like`: the contender that took part of the same work before, and how many times its seconds are expected here.
     `compiles`: the first call says nothing about those after it.
     """
@@ -37,11 +38,24 @@ class Contender(NamedTuple):
     compiles: bool = False
 
 
+class Moment(NamedTuple):
+    """Seconds of the clock, and of the main thread's CPU."""
+
+    clock: float
+    python: float
+
+    @classmethod
+    def now(cls, on_cpu: bool) -> "Moment":
+        return cls((time.process_time if on_cpu else time.perf_counter)(), time.thread_time())
+
+
 class Timing(NamedTuple):
-    """Of the fastest call: seconds, seconds of CPU on the main thread, and the most MB that any call took beyond what
-    was held before it."""
+    """The least of all calls: seconds in all, until the first token and after it, of the main thread's CPU after it.
+    And the most MB that any call took beyond what was held before it."""
 
     seconds: float
+    first: float
+    rest: float
     python: float
     megabytes: float | None
 
@@ -77,7 +91,6 @@ def fastest(
     take a contender beyond `patience` seconds in all is not made; the first counts only where there is no other. What
     compiles is always called twice, and compiling costs no patience.
     """
-    clock = time.process_time if on_cpu else time.perf_counter
     best: dict[Any, Timing] = {}
     spent: dict[Any, float] = {}
     for turn in range(repeat + 1):
@@ -90,16 +103,24 @@ def fastest(
             if spent.get(name, 0.0) + expected > patience and not compiled_before:
                 continue
             with Peak() as peak:
-                start, began = clock(), time.thread_time()
-                contender.call()
-                timing = Timing(clock() - start, time.thread_time() - began, None)
+                start = Moment.now(on_cpu)
+                first = contender.call()
+                end = Moment.now(on_cpu)
+            first = first if isinstance(first, Moment) else start
+            timing = Timing(
+                end.clock - start.clock,
+                first.clock - start.clock,
+                end.clock - first.clock,
+                end.python - first.python,
+                peak.megabytes,
+            )
             if turn or not contender.compiles:
                 spent[name] = spent.get(name, 0.0) + timing.seconds
-            old = best.get(name) if turn > 1 else None
-            most = max((m for m in (peak.megabytes, old and old.megabytes) if m is not None), default=None)
-            if old is not None:
-                timing = min(timing, old, key=lambda t: t.seconds)
-            best[name] = timing._replace(megabytes=most)
+            old = best.get(name)
+            if old is not None and turn > 1:
+                most = max((m for m in (old.megabytes, timing.megabytes) if m is not None), default=None)
+                timing = Timing(*map(min, timing[:4], old[:4]), most)
+            best[name] = timing
     return best
 
 
@@ -363,8 +384,8 @@ def tokens_only(vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<0>")))
 
 
-def generator(model: Any, torch: Any, compile_: bool) -> Callable[[list[list[int]], int], Any]:
-    """transformers.generate over equally long rows: greedy, to the last token asked for."""
+def generator(model: Any, torch: Any, compile_: bool, on_cpu: bool) -> Callable[[list[list[int]], int], Moment]:
+    """transformers.generate over equally long rows: greedy, to the last token asked for; when the first one came."""
     settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     if compile_:
         from transformers import CompileConfig
@@ -373,11 +394,38 @@ def generator(model: Any, torch: Any, compile_: bool) -> Callable[[list[list[int
         how._compile_all_devices = True  # a CPU too
         settings |= {"cache_implementation": "static", "compile_config": how}
 
-    def generate(ids: list[list[int]], new: int) -> Any:
-        given = torch.tensor(ids, device=model.device)
-        return model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=new, **settings)
+    def generate(ids: list[list[int]], new: int) -> Moment:
+        given, first = torch.tensor(ids, device=model.device), []
+
+        def watch(_: Any, scores: Any) -> Any:
+            if not first:
+                if scores.is_cuda:
+                    torch.cuda.synchronize()
+                first.append(Moment.now(on_cpu))
+            return scores
+
+        out = model.generate(
+            given, attention_mask=torch.ones_like(given), max_new_tokens=new, logits_processor=[watch], **settings
+        )
+        out.cpu()
+        return first[0]
 
     return generate
+
+
+def answer(decoder: Any, sample: Any, new: int, on_cpu: bool) -> Moment:
+    """What `decoder.generate` does; when the first column came."""
+    from pd_jax import SamplingParams
+    from pd_jax.loop import BLOCK
+
+    steps = decoder._run([sample], SamplingParams(max_new_tokens=new), BLOCK)
+    (transcripts,) = next(steps)
+    first = Moment.now(on_cpu)
+    for _ in steps:
+        continue
+    for transcript in transcripts:
+        transcript.result()
+    return first
 
 
 def decode(flags: DecodeFlags) -> None:
@@ -402,8 +450,8 @@ def decode(flags: DecodeFlags) -> None:
     theirs: dict[str, Callable] = {}
     if torch is not None:
         model = in_transformers(config, params, dtype, "cpu" if on_cpu else "cuda")
-        theirs = {COPIES: generator(model, torch, False)} | (
-            {COMPILED: generator(model, torch, True)} if flags.compile else {}
+        theirs = {COPIES: generator(model, torch, False, cpu_time)} | (
+            {COMPILED: generator(model, torch, True, cpu_time)} if flags.compile else {}
         )
     weights = unstack(params, dtype)
     never = (config.vocab_size,)
@@ -417,16 +465,16 @@ def decode(flags: DecodeFlags) -> None:
 
     rows: list[dict[str, Any]] = []
     most, speed = max(flags.branches), bandwidth(cpu_time)
-    counts, lengths = sorted({1, *flags.branches}), sorted({1, *flags.new_tokens})
+    counts = sorted({1, *flags.branches})
     for length in flags.background:
         background = rng.integers(config.vocab_size, size=length).tolist()
         prompts = rng.integers(config.vocab_size, size=(most, flags.prompt)).tolist()
         contenders: dict[tuple[str, int, int], Contender] = {}
-        for new in lengths:
+        for new in flags.new_tokens:
             for n in counts:
                 sample = TokenSample(background, [Branch(ids) for ids in prompts[:n]])
                 for name, decoder in ours.items():
-                    call = partial(decoder.generate, [sample], max_new_tokens=new)
+                    call = partial(answer, decoder, sample, new, cpu_time)
                     contenders[name, n, new] = Contender(call, compiles=True)
                 for name, generate in theirs.items():
                     call = partial(generate, [background + ids for ids in prompts[:n]], new)
@@ -441,11 +489,11 @@ def decode(flags: DecodeFlags) -> None:
             for n in flags.branches:
                 for name in (*ours, *single, *theirs):
                     key, times = ((single[name], 1), n) if name in single else ((name, n), 1)
-                    if not {(*key, new), (*key, 1)} <= timings.keys():
+                    if (*key, new) not in timings:
                         print(f"skipped: {name}, {n} branches over {length} tokens: beyond --patience {flags.patience}")
                         continue
-                    whole, first = timings[*key, new], timings[*key, 1]
-                    column = times * (whole.seconds - first.seconds) / max(new - 1, 1)
+                    timing = timings[*key, new]
+                    column = times * timing.rest / max(new - 1, 1)
                     # Read in every column: all weights but an embedding that is not the head, and half the answers.
                     copies = 1 if name in ours else n
                     read = sum(x.nbytes for x in jax.tree.leaves(weights)) * times
@@ -453,19 +501,19 @@ def decode(flags: DecodeFlags) -> None:
                     read += cache_bytes(config, copies, length, n // copies, flags.prompt + new // 2, dtype)
                     host = None
                     if name in ours and new > 1:  # the host looks at a block at a time
-                        host = 1e3 * (whole.python - first.python) / math.ceil((new - 1) / BLOCK)
+                        host = 1e3 * timing.python / math.ceil((new - 1) / BLOCK)
                     rows.append(
                         {
                             "contender": name,
                             "background": length,
                             "branches": n,
                             "new_tokens": new,
-                            "seconds": times * whole.seconds,
-                            "prefill_ms": 1e3 * times * first.seconds,
+                            "seconds": times * timing.seconds,
+                            "prefill_ms": 1e3 * times * timing.first,
                             "column_ms": 1e3 * column if new > 1 else None,
-                            "tokens_per_second": n * new / (times * whole.seconds),
+                            "tokens_per_second": n * new / (times * timing.seconds),
                             "roofline": read / speed / column if new > 1 else None,
-                            "megabytes": whole.megabytes,
+                            "megabytes": timing.megabytes,
                             "python_ms": host,
                         }
                     )
