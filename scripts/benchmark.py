@@ -354,7 +354,8 @@ class DecodeFlags:
     output: str | None = flag(None, "also write what was measured to this .json file, and a plot beside it")
 
 
-SINGLE, THEIRS, COPIES, COMPILED = (
+MATRICES, SINGLE, THEIRS, COPIES, COMPILED = (
+    "matrices alone",
     "one by one",
     "transformers, one by one",
     "transformers, batched",
@@ -428,6 +429,18 @@ def answer(decoder: Any, sample: Any, new: int, on_cpu: bool) -> Moment:
     return first
 
 
+def matrices(weights: Any, rows: int) -> Callable[[], Any]:
+    """All matrices of a model times so many rows, and nothing else: a column cannot take less."""
+    import jax.numpy as jnp
+
+    from pd_jax.loop import _times
+    from pd_jax.model import PROJECTIONS, head
+
+    kernels = [layer[name] for layer in weights["layers"] for name in PROJECTIONS] + [head(weights)]
+    x = jnp.ones((1, rows, max(kernel.shape[1] for kernel in kernels)), kernels[0].dtype)
+    return compiled(lambda kernels, x: [_times(x[..., : k.shape[1]], k) for k in kernels], kernels, x).call
+
+
 def decode(flags: DecodeFlags) -> None:
     import jax
     import numpy as np
@@ -466,12 +479,14 @@ def decode(flags: DecodeFlags) -> None:
     rows: list[dict[str, Any]] = []
     most, speed = max(flags.branches), bandwidth(cpu_time)
     counts = sorted({1, *flags.branches})
+    alone = {n: matrices(weights, n) for n in counts}
     for length in flags.background:
         background = rng.integers(config.vocab_size, size=length).tolist()
         prompts = rng.integers(config.vocab_size, size=(most, flags.prompt)).tolist()
         contenders: dict[tuple[str, int, int], Contender] = {}
         for new in flags.new_tokens:
             for n in counts:
+                contenders[MATRICES, n, new] = Contender(lambda n=n, new=new: [alone[n]() for _ in range(new - 1)])
                 sample = TokenSample(background, [Branch(ids) for ids in prompts[:n]])
                 for name, decoder in ours.items():
                     call = partial(answer, decoder, sample, new, cpu_time)
@@ -487,7 +502,7 @@ def decode(flags: DecodeFlags) -> None:
         timings = fastest(contenders, flags.repeat, cpu_time, flags.patience)
         for new in flags.new_tokens:
             for n in flags.branches:
-                for name in (*ours, *single, *theirs):
+                for name in (MATRICES, *ours, *single, *theirs):
                     key, times = ((single[name], 1), n) if name in single else ((name, n), 1)
                     if (*key, new) not in timings:
                         print(f"skipped: {name}, {n} branches over {length} tokens: beyond --patience {flags.patience}")
@@ -498,25 +513,24 @@ def decode(flags: DecodeFlags) -> None:
                     copies = 1 if name in ours else n
                     read = sum(x.nbytes for x in jax.tree.leaves(weights)) * times
                     read -= 0 if config.tie_word_embeddings else weights["embed"].nbytes * times
-                    read += cache_bytes(config, copies, length, n // copies, flags.prompt + new // 2, dtype)
+                    if name != MATRICES:
+                        read += cache_bytes(config, copies, length, n // copies, flags.prompt + new // 2, dtype)
                     host = None
                     if name in ours and new > 1:  # the host looks at a block at a time
                         host = 1e3 * timing.python / math.ceil((new - 1) / BLOCK)
-                    rows.append(
-                        {
-                            "contender": name,
-                            "background": length,
-                            "branches": n,
-                            "new_tokens": new,
-                            "seconds": times * timing.seconds,
-                            "prefill_ms": 1e3 * times * timing.first,
-                            "column_ms": 1e3 * column if new > 1 else None,
-                            "tokens_per_second": n * new / (times * timing.seconds),
-                            "roofline": read / speed / column if new > 1 else None,
-                            "megabytes": timing.megabytes,
-                            "python_ms": host,
-                        }
-                    )
+                    row: dict[str, Any] = {"contender": name, "background": length, "branches": n, "new_tokens": new}
+                    row |= {
+                        "seconds": times * timing.seconds,
+                        "prefill_ms": 1e3 * times * timing.first,
+                        "column_ms": 1e3 * column if new > 1 else None,
+                        "tokens_per_second": n * new / (times * timing.seconds),
+                        "roofline": read / speed / column if new > 1 else None,
+                        "megabytes": timing.megabytes,
+                        "python_ms": host,
+                    }
+                    if name == MATRICES:
+                        row |= dict.fromkeys(("seconds", "prefill_ms", "tokens_per_second", "megabytes"))
+                    rows.append(row)
     found = {(r["background"], r["new_tokens"], r["branches"], r["contender"]): r for r in rows}
     load = os.getloadavg()[0]
     clock = "process time" if cpu_time else "clock"

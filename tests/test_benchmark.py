@@ -55,7 +55,7 @@ def test_decode(tmp_path):
     report("decode", *sizes, "--no-transformers", "--output", str(tmp_path / "d.json"))
     rows = json.loads((tmp_path / "d.json").read_text())["rows"]
     assert {(r["contender"], r["branches"]) for r in rows} == {
-        (name, n) for name in ("columns", "isolated", "one by one") for n in (1, 2)
+        (name, n) for name in ("matrices alone", "columns", "isolated", "one by one") for n in (1, 2)
     }
     assert all(r["column_ms"] > 0 for r in rows)
     assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
