@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pd_jax.cli import flag, parse, run
+from pd_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def model_card(hf: dict[str, Any]) -> str:
 def main() -> None:
     flags = parse(Flags, description=__doc__)
     if flags.checkpoint is None or flags.output is None:
-        raise ValueError("--checkpoint and --output are both needed, see --help")
+        raise InputError("--checkpoint and --output are both needed, see --help")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the model need not fit on an accelerator to be exported
     from rich.progress import Progress
 
@@ -86,7 +87,7 @@ def main() -> None:
     if adapter is not None:
         source = find_model(flags.base_model or read_adapter_config(adapter).get("base_model_name_or_path") or "")
     elif flags.base_model is not None:
-        raise ValueError(f"--base-model belongs to an adapter, and {checkpoint} has no {ADAPTER_CONFIG}; leave it out")
+        raise InputError(f"--base-model belongs to an adapter, and {checkpoint} has no {ADAPTER_CONFIG}; leave it out")
     hf = read_config_json(source)
     columnar = SECTION in hf or (adapter is not None and SECTION in read_adapter_config(adapter))
     config = load_config(source, pair_indices=None if columnar else (), adapter=adapter)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from pd_jax.cli import flag, parse, run
+from pd_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Flags:
 def main() -> None:
     flags = parse(Flags, description=__doc__)
     if flags.model is None or flags.output is None:
-        raise ValueError("--model and --output are both needed, see --help")
+        raise InputError("--model and --output are both needed, see --help")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the model need not fit on an accelerator to be converted
     from rich.progress import Progress
 

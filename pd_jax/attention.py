@@ -21,7 +21,9 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from pd_jax import chunked, gpu, splash
-from pd_jax.columns import Coordinates, Visibility, check_visibility, column_mask, sibling_mask
+from pd_jax.columns import Coordinates, column_mask, sibling_mask
+from pd_jax.config import VISIBILITIES, Visibility, check_choice
+from pd_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +118,7 @@ def check_backend(backend: str, call: Call) -> None:
     """Raise `ValueError` when `backend` was asked for and cannot serve `call`; `auto` always finds one."""
     reason = None if backend == "auto" else refusal(backend, call)
     if reason is not None:
-        raise ValueError(f"attention backend {backend!r} cannot run here: {reason}; use 'auto' or 'chunked'")
+        raise InputError(f"attention backend {backend!r} cannot run here: {reason}; use 'auto' or 'chunked'")
 
 
 def _choose(backend: str, call: Call, fallback: str) -> str:
@@ -156,9 +158,9 @@ def make_attention(coordinates: Coordinates, visibility: Visibility = "columns",
     `ValueError` for an unknown backend, and when called for one that cannot run. `dense` and `chunked` take tokens in
     any order; the kernels need the column-major order of `pd_jax.layout` and give NaN without it.
     """
-    check_visibility(visibility)
+    check_choice("visibility", visibility, VISIBILITIES)
     if backend not in BACKENDS:
-        raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
+        raise InputError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
     platform, device_kind = target()
     tokens = coordinates.column.shape[-1]
     tile = TILE if platform != "cpu" else CPU_TILE if tokens < 1024 else CPU_LONG_TILE

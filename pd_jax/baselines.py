@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pd_jax.data.squad import Context, background_text, to_tokens
+from pd_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ def check_weights(directory: Path) -> None:
     if any(directory.glob("*.safetensors")):
         return
     if (directory / "params").is_dir():
-        raise ValueError(
+        raise InputError(
             f"--base-model {directory} is a pd_jax checkpoint (params/) and transformers cannot read it; run "
             f"`python convert/flax_to_hf.py --checkpoint {directory} --output DIR` and pass DIR"
         )
-    raise ValueError(f"--base-model {directory} has no model*.safetensors; pass a Hugging Face model directory")
+    raise InputError(f"--base-model {directory} has no model*.safetensors; pass a Hugging Face model directory")
 
 
 class Transformers:

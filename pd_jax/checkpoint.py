@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from pd_jax.config import SECTION, ModelConfig, read_config_json
+from pd_jax.config import SECTION, SETTINGS, ModelConfig, read_config_json
+from pd_jax.errors import InputError
 from pd_jax.model import SIBLING_BIAS_START, Params, param_shapes
 from pd_jax.weights import Progress, raise_collected, read_params
 
+log = logging.getLogger(__name__)
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every file it opens
 
 PARAMS = "params"  # the orbax checkpoint inside a model directory
 ADAPTER_CONFIG = "adapter_config.json"  # what makes a directory a LoRA adapter
+TRAINED_AS = ("visibility", "align")  # an adapter's own win over its base's
 BASE_FINGERPRINT = "base_fingerprint"  # in our section of it
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -51,7 +55,7 @@ def find_model(path_or_hub_id: str, local_files_only: bool = False) -> Path:
         return directory
     name = str(path_or_hub_id)
     if directory.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"{name} is not a directory; pass a model directory or a hub id like Qwen/Qwen3-0.6B")
+        raise InputError(f"{name} is not a directory; pass a model directory or a hub id like Qwen/Qwen3-0.6B")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -60,7 +64,7 @@ def find_model(path_or_hub_id: str, local_files_only: bool = False) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
     except (OSError, HFValidationError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise InputError(
             f"{name} is no directory here and could not be had from the hub ({type(error).__name__}: {reason}); "
             "pass a local model directory, or download it first"
         ) from None
@@ -69,44 +73,54 @@ def find_model(path_or_hub_id: str, local_files_only: bool = False) -> Path:
 def load_config(directory: Path, pair_indices: Sequence[int] | None = None, adapter: Path | None = None) -> ModelConfig:
     """The model's configuration; `pair_indices` must agree with what is stored. Raises `ValueError`.
 
-    A plain Qwen3 has no column settings of its own: as the base of a LoRA `adapter` it takes those it was trained with.
+    A plain Qwen3 has no column settings of its own: as the base of a LoRA `adapter` it takes those it was trained with,
+    and any base takes the adapter's visibility and alignment. Settings of an older pd_jax store neither; they mean
+    columns and left, and one line says so.
     """
     if (directory / ADAPTER_CONFIG).is_file() and not (directory / "config.json").is_file():
-        raise ValueError(f"{directory} is a LoRA adapter; pass its base as the model, and this as the adapter")
+        raise InputError(f"{directory} is a LoRA adapter; pass its base as the model, and this as the adapter")
     hf = read_config_json(directory)
-    if adapter is not None and SECTION not in hf:
-        settings = read_adapter_config(adapter).get(SECTION)
-        if settings is not None:
-            other = ("rope_theta", BASE_FINGERPRINT)
-            hf[SECTION] = {key: value for key, value in settings.items() if key not in other}
+    settings = {} if adapter is None else read_adapter_config(adapter).get(SECTION, {})
+    if settings and SECTION not in hf:
+        hf[SECTION] = {key: value for key, value in settings.items() if key in SETTINGS}
+    for key in TRAINED_AS if settings else ():
+        hf[SECTION].pop(key, None)
+        hf[SECTION] |= {key: settings[key]} if key in settings else {}
+    if SECTION in hf and not hf[SECTION].keys() >= set(TRAINED_AS):
+        _say_assumed(str(adapter if settings else directory))
     try:
         return ModelConfig.from_hf(hf, pair_indices)
     except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from None
+        raise InputError(f"{directory}: {error}") from None
+
+
+@cache
+def _say_assumed(name: str) -> None:
+    log.warning("%s does not say how it was trained; taken as visibility columns, align left", name)
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
     """A LoRA directory's adapter_config.json. Raises `ValueError` when it is absent or not JSON."""
     path = directory / ADAPTER_CONFIG
     if not path.is_file():
-        raise ValueError(f"{directory} has no {ADAPTER_CONFIG}; pass the directory of a LoRA adapter")
+        raise InputError(f"{directory} has no {ADAPTER_CONFIG}; pass the directory of a LoRA adapter")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise InputError(f"{path} is not valid JSON: {error}") from None
 
 
 def load_tokenizer(directory: Path) -> Any:
     """The directory's fast tokenizer. Raises `ValueError` when its files are missing."""
     if not (directory / "tokenizer.json").is_file() and not (directory / "vocab.json").is_file():
-        raise ValueError(f"{directory} has no tokenizer (tokenizer.json); copy the base model's tokenizer files there")
+        raise InputError(f"{directory} has no tokenizer (tokenizer.json); copy the base model's tokenizer files there")
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise anything, from KeyError to a bare Exception
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise ValueError(
+        raise InputError(
             f"{directory}: its tokenizer cannot be read ({reason}); copy the base model's tokenizer files there again"
         ) from None
 
@@ -120,7 +134,7 @@ def load_eos_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
             if ids is not None:
                 return tuple(ids) if isinstance(ids, list) else (ids,)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{directory} names no end-of-sequence token; add eos_token_id to generation_config.json")
+        raise InputError(f"{directory} names no end-of-sequence token; add eos_token_id to generation_config.json")
     return (tokenizer.eos_token_id,)
 
 
@@ -151,12 +165,12 @@ def load_params(
         return params
     has_orbax, has_files = (directory / PARAMS).is_dir(), any(directory.glob("model*.safetensors*"))
     if has_orbax and has_files:
-        raise ValueError(f"{directory} has weights twice, {PARAMS}/ and model*.safetensors; remove the wrong ones")
+        raise InputError(f"{directory} has weights twice, {PARAMS}/ and model*.safetensors; remove the wrong ones")
     if has_orbax:
         return _load_orbax(directory / PARAMS, config, dtype, shardings)
     if has_files:
         return read_params(directory, config, dtype, shardings, progress)
-    raise ValueError(f"{directory} has no weights, neither {PARAMS}/ nor model*.safetensors; is it complete?")
+    raise InputError(f"{directory} has no weights, neither {PARAMS}/ nor model*.safetensors; is it complete?")
 
 
 def _is_shape(node: Any) -> bool:
@@ -179,14 +193,14 @@ def _load_orbax(path: Path, config: ModelConfig, dtype: Any, shardings: Any) -> 
     try:
         stored = ocp.metadata(str(path)).metadata
     except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {root_cause(error)}") from None
+        raise InputError(f"{path} is not a readable checkpoint: {root_cause(error)}") from None
     have = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(stored)}
     want = {
         jax.tree_util.keystr(k): v
         for k, v in jax.tree_util.tree_leaves_with_path(param_shapes(config), is_leaf=_is_shape)
     }
     if not have:
-        raise ValueError(f"{path} is not a readable checkpoint: it holds no arrays; is it damaged?")
+        raise InputError(f"{path} is not a readable checkpoint: it holds no arrays; is it damaged?")
     errors = [f"{name} is missing" for name in want if name not in have]
     errors += [f"{name} is unknown" for name in have if name not in want]
     errors += [
@@ -204,7 +218,7 @@ def _load_orbax(path: Path, config: ModelConfig, dtype: Any, shardings: Any) -> 
         with _context(target):
             return ocp.load(str(path), target)
     except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {root_cause(error)}") from None
+        raise InputError(f"{path} is not a readable checkpoint: {root_cause(error)}") from None
 
 
 def root_cause(error: BaseException) -> str:
@@ -257,7 +271,7 @@ def staging(directory: Path, last: str = "config.json") -> Generator[Path]:
 def check_new(directory: Path) -> None:
     """Raise `ValueError` when a conversion would write over something."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} exists and is not empty; remove it or choose another --output")
+        raise InputError(f"{directory} exists and is not empty; remove it or choose another --output")
 
 
 def write_metadata(directory: Path, hf: dict[str, Any], source: Path, dtype: Any) -> None:

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pd_jax.columns import Coordinates, Visibility, column_mask, sibling_mask
+from pd_jax.columns import Coordinates, column_mask, sibling_mask
+from pd_jax.config import Visibility
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 

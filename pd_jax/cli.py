@@ -24,6 +24,8 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
+from pd_jax.errors import InputError
+
 T = TypeVar("T")
 
 
@@ -89,23 +91,23 @@ def _coerce(value: Any, kind: type, many: bool, name: str) -> Any:
         else:
             if kind is not int or number == float(value):
                 return number
-    raise ValueError(f"{name}: {value!r} in the YAML file is not {kind.__name__}")
+    raise InputError(f"{name}: {value!r} in the YAML file is not {kind.__name__}")
 
 
 def _read_yaml(path: str, fields: dict[str, dataclasses.Field], hints: dict[str, Any]) -> dict[str, Any]:
     if not Path(path).is_file():
-        raise ValueError(f"--config {path}: no such file")
+        raise InputError(f"--config {path}: no such file")
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
-        raise ValueError(f"--config {path} holds {type(loaded).__name__}; write one `flag: value` a line")
+        raise InputError(f"--config {path} holds {type(loaded).__name__}; write one `flag: value` a line")
     values = {}
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
         if name not in fields:
-            raise ValueError(f"--config {path}: unknown key {key!r}{_suggest(name, list(fields))}")
+            raise InputError(f"--config {path}: unknown key {key!r}{_suggest(name, list(fields))}")
         kind = _kind(hints[name])
         values[name] = _coerce(value, kind.scalar, kind.many, name=f"--config {path}: {key}")
     return values
@@ -140,7 +142,7 @@ def parse(flags: type[T], argv: Sequence[str] | None = None, description: str | 
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
-        raise ValueError(f"unrecognized argument {unknown[0]}{_suggest(unknown[0].split('=')[0], known)}")
+        raise InputError(f"unrecognized argument {unknown[0]}{_suggest(unknown[0].split('=')[0], known)}")
     values = vars(given)
     path = values.pop("config")
     if path is not None:
@@ -150,15 +152,15 @@ def parse(flags: type[T], argv: Sequence[str] | None = None, description: str | 
         choices, minimum = _kind(hints[name]).choices, fields[name].metadata["minimum"]
         wrong = [v for v in (value if isinstance(value, tuple | list) else [value]) if choices and v not in choices]
         if wrong and choices and value is not None:
-            raise ValueError(f"--{name.replace('_', '-')} {wrong[0]!r} is not one of {', '.join(choices)}")
+            raise InputError(f"--{name.replace('_', '-')} {wrong[0]!r} is not one of {', '.join(choices)}")
         if minimum is not None and value is not None and not value >= minimum:
-            raise ValueError(f"{_option(name)} {value} is below {minimum}, the least that makes sense")
+            raise InputError(f"{_option(name)} {value} is below {minimum}, the least that makes sense")
     return flags(**values)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script. A `ValueError` of ours becomes one line on stderr and exit code 2, a `FloatingPointError` (training
-    that has diverged) one line and exit code 1; other errors keep their traceback."""
+    """Run a script. An `InputError` becomes one line on stderr and exit code 2, a `FloatingPointError` (training that
+    has diverged) one line and exit code 1; every other error is a bug and keeps its traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of ours tokenise already
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pd_jax.attention").setLevel(logging.INFO)  # it says which attention backend was taken
@@ -167,12 +169,6 @@ def run(main: Callable[[], None]) -> None:
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except ValueError as error:
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        origin = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
-        if origin != "__main__" and origin.split(".")[0] != "pd_jax":
-            raise
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -2,17 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pd_jax.config import ModelConfig
-
-Visibility = Literal["columns", "isolated", "prompts"]
-VISIBILITIES: tuple[Visibility, ...] = ("columns", "isolated", "prompts")
+from pd_jax.config import VISIBILITIES, ModelConfig, Visibility, check_choice
 
 
 @jax.tree_util.register_dataclass
@@ -30,11 +26,6 @@ class Coordinates:
     def of(cls, layout) -> "Coordinates":
         """The coordinates of a `Layout`, or of anything that has its arrays by key."""
         return cls(*(jnp.asarray(layout[name]) for name in ("branch", "column", "segment", "valid", "prompt")))
-
-
-def check_visibility(visibility: str) -> None:
-    if visibility not in VISIBILITIES:
-        raise ValueError(f"visibility {visibility!r} is not one of {', '.join(VISIBILITIES)}")
 
 
 def column_mask(
@@ -71,7 +62,7 @@ def column_mask(
         Q2[2]  1 1 1 1 1 1 1 1   1 1 1 1 1 1 . 1 .      10
         Q1[3]  1 1 1 1 1 1 1 1   1 1 1 1 1 1 1 1 1      11
     """
-    check_visibility(visibility)
+    check_choice("visibility", visibility, VISIBILITIES)
 
     def q(array: Array) -> Array:
         return array[..., :, None]

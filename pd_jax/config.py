@@ -9,10 +9,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pd_jax.errors import InputError
+
+Visibility = Literal["columns", "isolated", "prompts"]
+VISIBILITIES: tuple[Visibility, ...] = ("columns", "isolated", "prompts")
+Align = Literal["left", "right", "ragged"]
+ALIGNMENTS: tuple[Align, ...] = ("left", "right", "ragged")
 
 DEFAULT_PAIR_INDICES = (8, 16, 24)
 SECTION = "pd_jax"  # the key of our settings inside config.json
+
+SETTINGS = {"pair_indices", "branch_stride", "sibling_bias", "visibility", "align"}
 
 # Fields of config.json that we honour in one value only; anything else would be silently another model.
 PLAIN_FIELDS = {
@@ -23,6 +32,12 @@ PLAIN_FIELDS = {
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise `InputError` when `value` is none of `choices`."""
+    if value not in choices:
+        raise InputError(f"{name} {value!r} is not one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -59,24 +74,28 @@ class ModelConfig:
     pair_indices: tuple[int, ...] = DEFAULT_PAIR_INDICES
     branch_stride: float = 1.0
     sibling_bias: bool = False
+    visibility: Visibility | None = None  # as trained in columns; decoding takes it when nothing else is asked for
+    align: Align | None = None  # likewise; both None: never trained in columns
 
     def __post_init__(self) -> None:
+        check_choice("visibility", self.visibility or "columns", VISIBILITIES)
+        check_choice("align", self.align or "left", ALIGNMENTS)
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise InputError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; RoPE turns pairs of dimensions")
+            raise InputError(f"head_dim {self.head_dim} is odd; RoPE turns pairs of dimensions")
         half = self.head_dim // 2
         wrong = [p for p in self.pair_indices if not 1 <= p <= half]
         if wrong:
-            raise ValueError(
+            raise InputError(
                 f"pair_indices {list(self.pair_indices)}: {wrong} outside 1..{half} (head_dim {self.head_dim} has "
                 f"{half} RoPE pairs); pass --pair-indices with values in 1..{half}"
             )
         if len(set(self.pair_indices)) != len(self.pair_indices):
-            raise ValueError(f"pair_indices {list(self.pair_indices)} names a pair twice; list each pair once")
+            raise InputError(f"pair_indices {list(self.pair_indices)} names a pair twice; list each pair once")
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], pair_indices: Sequence[int] | None = None) -> "ModelConfig":
@@ -105,14 +124,14 @@ class ModelConfig:
         errors += [f"{field} is missing" for field in required if hf.get(field) is None]
         theta, yarn = _read_rope(hf, errors)
         if errors:
-            raise ValueError("config.json: " + "; ".join(errors))
+            raise InputError("config.json: " + "; ".join(errors))
         ours = hf.get(SECTION, {})
-        unknown = sorted(set(ours) - {"pair_indices", "branch_stride", "sibling_bias"})
+        unknown = sorted(set(ours) - SETTINGS)
         if unknown:
-            raise ValueError(f"config.json: unknown key {unknown} in {SECTION!r}; was it written by a newer pd_jax?")
+            raise InputError(f"config.json: unknown key {unknown} in {SECTION!r}; was it written by a newer pd_jax?")
         stored = tuple(ours["pair_indices"]) if "pair_indices" in ours else None
         if stored is not None and pair_indices is not None and tuple(pair_indices) != stored:
-            raise ValueError(
+            raise InputError(
                 f"pair_indices {list(pair_indices)} was asked for, but the weights were trained with {list(stored)}; "
                 "leave pair_indices out"
             )
@@ -127,6 +146,8 @@ class ModelConfig:
             pair_indices=chosen,
             branch_stride=ours.get("branch_stride", 1.0),
             sibling_bias=ours.get("sibling_bias", False),
+            visibility=ours.get("visibility"),
+            align=ours.get("align"),
         )
 
     @property
@@ -144,6 +165,8 @@ class ModelConfig:
             "pair_indices": list(self.pair_indices),
             "branch_stride": self.branch_stride,
             "sibling_bias": self.sibling_bias,
+            **({} if self.visibility is None else {"visibility": self.visibility}),
+            **({} if self.align is None else {"align": self.align}),
         }
 
     def to_hf(self, original: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -157,7 +180,7 @@ class ModelConfig:
         rope: dict[str, Any] = {"rope_theta": self.rope_theta, "rope_type": "default"}
         if self.yarn is not None:
             rope |= {"rope_type": "yarn", **dataclasses.asdict(self.yarn)}
-        ours = {"yarn", "pair_indices", "branch_stride", "sibling_bias"}
+        ours = {"yarn", *SETTINGS}
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
@@ -186,12 +209,12 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if self.r < 1:
-            raise ValueError(f"lora r is {self.r}; it must be at least 1")
+            raise InputError(f"lora r is {self.r}; it must be at least 1")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora dropout is {self.dropout}; it must be in [0, 1)")
+            raise InputError(f"lora dropout is {self.dropout}; it must be in [0, 1)")
         unknown = [name for name in self.target_modules if name not in LORA_TARGETS]
         if unknown or not self.target_modules:
-            raise ValueError(
+            raise InputError(
                 f"lora target modules {list(self.target_modules)}: {unknown or 'none'} not among "
                 f"{', '.join(LORA_TARGETS)}; choose from those"
             )
@@ -238,8 +261,8 @@ def read_config_json(directory: Path) -> dict[str, Any]:
     """`directory`/config.json as a dict. Raises `ValueError` when it is absent or not JSON."""
     path = directory / "config.json"
     if not path.is_file():
-        raise ValueError(f"{directory} has no config.json; pass a Hugging Face model directory or a pd_jax checkpoint")
+        raise InputError(f"{directory} has no config.json; pass a Hugging Face model directory or a pd_jax checkpoint")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise InputError(f"{path} is not valid JSON: {error}") from None

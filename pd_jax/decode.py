@@ -16,9 +16,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pd_jax.checkpoint import find_model, load_config, load_eos_ids, load_params, load_tokenizer
-from pd_jax.columns import Coordinates, Visibility, check_visibility
-from pd_jax.config import ModelConfig
-from pd_jax.layout import ALIGNMENTS, Align, Branch, Layout, Sample, TokenSample, answer_columns, bucket, build_layout
+from pd_jax.columns import Coordinates
+from pd_jax.config import ALIGNMENTS, VISIBILITIES, Align, ModelConfig, Visibility, check_choice
+from pd_jax.errors import InputError
+from pd_jax.layout import (
+    Branch,
+    Layout,
+    Sample,
+    TokenSample,
+    answer_columns,
+    bucket,
+    build_layout,
+)
 from pd_jax.loop import BLOCK, Program, Prompt, cache_bytes, decode_block, enlarge, prefill, row_logits, unstack
 from pd_jax.lora import load_adapter, merge_kernel
 from pd_jax.model import Params
@@ -111,19 +120,18 @@ class _Transcript:
         return BranchResult(self.text(), tuple(self.ids), self.finish_reason)
 
 
-def _check_settings(dtype: str, visibility: str, align: str) -> None:
+def _check_settings(dtype: str, visibility: str | None, align: str | None) -> None:
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    check_visibility(visibility)
-    if align not in ALIGNMENTS:
-        raise ValueError(f"align {align!r} is not one of {', '.join(ALIGNMENTS)}")
+        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    check_choice("visibility", visibility or "columns", VISIBILITIES)
+    check_choice("align", align or "left", ALIGNMENTS)
 
 
 def _check_mesh(config: ModelConfig, mesh: Mesh | None) -> None:
     if mesh is None:
         return
     if mesh.size != mesh.shape["tensor"]:
-        raise ValueError(
+        raise InputError(
             f"the mesh {dict(mesh.shape)} splits rows or hidden dimensions; decoding splits heads only: "
             "use make_mesh(1, 1, -1)"
         )
@@ -132,7 +140,7 @@ def _check_mesh(config: ModelConfig, mesh: Mesh | None) -> None:
 
 def _sampling(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
     if params is not None and options:
-        raise ValueError(f"params and {', '.join(options)} were both given; put everything into params")
+        raise InputError(f"params and {', '.join(options)} were both given; put everything into params")
     return SamplingParams(**options) if params is None else params
 
 
@@ -141,13 +149,13 @@ def _limits(samples: Sequence[TokenSample], asked: int | Sequence[Sequence[int]]
     counts = [len(sample.branches) for sample in samples]
     limits = [[asked] * n for n in counts] if isinstance(asked, int) else [list(row) for row in asked]
     if [len(row) for row in limits] != counts:
-        raise ValueError(
+        raise InputError(
             f"max_new_tokens is for {[len(row) for row in limits]} branches, the samples have {counts}; "
             "pass one number, or one per branch of every sample"
         )
     least = min(limit for row in limits for limit in row)
     if least < 1:
-        raise ValueError(f"max_new_tokens is {least}; it must be 1 or more")
+        raise InputError(f"max_new_tokens is {least}; it must be 1 or more")
     return limits
 
 
@@ -213,14 +221,21 @@ class ParallelDecoder:
         eos_ids: Sequence[int],
         *,
         dtype: str = "float32",
-        visibility: Visibility = "columns",
-        align: Align = "left",
+        visibility: Visibility | None = None,
+        align: Align | None = None,
         mesh: Mesh | None = None,
     ) -> None:
         _check_settings(dtype, visibility, align)
         _check_mesh(config, mesh)
         self.config, self.tokenizer, self.eos_ids = config, tokenizer, tuple(eos_ids)
-        self.dtype, self.visibility, self.align, self.mesh = dtype, visibility, align, mesh
+        self.dtype, self.mesh = dtype, mesh
+        self.visibility: Visibility = visibility or config.visibility or "columns"
+        self.align: Align = align or config.align or "left"
+        if (config.visibility or self.visibility, config.align or self.align) != (self.visibility, self.align):
+            log.warning(
+                "trained with visibility %s, align %s; decoding with visibility %s, align %s",
+                config.visibility, config.align, self.visibility, self.align,
+            )  # fmt: skip
         done = isinstance(params["layers"], list)
         if mesh is not None and not done:
             params = jax.device_put(params, param_shardings(config, mesh))
@@ -235,8 +250,8 @@ class ParallelDecoder:
         path_or_hub_id: str | Path,
         adapter: str | Path | None = None,
         dtype: str = "float32",
-        visibility: Visibility = "columns",
-        align: Align = "left",
+        visibility: Visibility | None = None,
+        align: Align | None = None,
         pair_indices: Sequence[int] | None = None,
         local_files_only: bool = False,
         mesh: Mesh | None = None,
@@ -303,7 +318,7 @@ class ParallelDecoder:
         if "prompt" in layout.keys():  # noqa: SIM118, a Layout is no mapping
             arrays["prompt"] = np.asarray(layout["prompt"])
         elif self.visibility == "prompts":
-            raise ValueError("the layout has no array 'prompt', which visibility 'prompts' needs")
+            raise InputError("the layout has no array 'prompt', which visibility 'prompts' needs")
         else:
             arrays["prompt"] = np.zeros(arrays["tokens"].shape, bool)
         size = arrays["tokens"].shape[1]
@@ -323,26 +338,26 @@ class ParallelDecoder:
             return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
 
         if isinstance(samples, Sample | TokenSample):
-            raise ValueError("samples is one sample; pass a list of samples")
+            raise InputError("samples is one sample; pass a list of samples")
         if not samples:
-            raise ValueError("samples is empty; pass at least one Sample")
+            raise InputError("samples is empty; pass at least one Sample")
         out = []
         for i, sample in enumerate(samples):
             if isinstance(sample, Sample):
                 sample = TokenSample(ids(sample.background), [Branch(ids(text)) for text in sample.branches])
             empty = [b for b, branch in enumerate(sample.branches) if not len(branch.prompt)]
             if empty or not sample.branches:
-                raise ValueError(f"sample {i}: " + (f"prompts {empty} have no tokens" if empty else "no branches"))
+                raise InputError(f"sample {i}: " + (f"prompts {empty} have no tokens" if empty else "no branches"))
             out.append(sample)
         return out
 
     def _check(self, samples: Sequence[TokenSample], prompt: Prompt) -> None:
         """Refuse what cannot be decoded, before anything compiles."""
         if any(len(branch.answer) for sample in samples for branch in sample.branches):
-            raise ValueError("a branch has an answer already; decoding starts behind the prompts: leave answers out")
+            raise InputError("a branch has an answer already; decoding starts behind the prompts: leave answers out")
         longest, most = int((prompt.first + prompt.limit).max()), self.config.max_position_embeddings
         if longest > most:
-            raise ValueError(
+            raise InputError(
                 f"background, prompts and max_new_tokens take {longest} columns, the model has "
                 f"max_position_embeddings {most}; shorten the background or lower max_new_tokens"
             )
@@ -353,7 +368,7 @@ class ParallelDecoder:
         log.info("cache of %d rows x (%d tokens + %d columns x %d): %.1f MiB", s, t, columns, n, needed / 2**20)
         free = _free_bytes(next(iter(devices)))
         if needed > free:
-            raise ValueError(
+            raise InputError(
                 f"the cache takes {needed / 2**30:.1f} GiB, the device has {free / 2**30:.1f} GiB left; pass fewer "
                 "samples at a time, shorten the background or lower max_new_tokens"
             )

@@ -25,10 +25,11 @@ from rich.progress import MofNCompleteColumn, Progress
 from pd_jax.baselines import Decoded
 from pd_jax.config import SECTION, read_config_json
 from pd_jax.data.squad import Context, load_squad, select, to_tokens
+from pd_jax.errors import InputError
 from pd_jax.flags import EvaluateFlags
 from pd_jax.metrics import answer_of, leaks, score, summarize
 from pd_jax.report import print_table, write_report
-from pd_jax.rows import HF_ROWS, SERIAL_ROWS, Row, choose_rows, find_sources, loader, torch_device, way
+from pd_jax.rows import HF_ROWS, SERIAL_ROWS, Row, choose_rows, decoded_as, find_sources, loader, torch_device, way
 
 # Measuring ------------------------------------------------------------------------------------------------------------
 
@@ -108,7 +109,7 @@ def read_predictions(path: Path, settings: dict[str, Any]) -> list[dict[str, Any
     made = lines[0] if lines else settings
     differ = [f"{key} {made.get(key)!r} (now {value!r})" for key, value in settings.items() if made.get(key) != value]
     if differ:
-        raise ValueError(f"{path} was made with {', '.join(differ)}; use another --output-dir, or delete the file")
+        raise InputError(f"{path} was made with {', '.join(differ)}; use another --output-dir, or delete the file")
     return lines[1:]
 
 
@@ -219,11 +220,11 @@ def load_results(path: Path, against: str | None = None) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         if against is not None and against not in results["rows"]:
-            raise ValueError(f"--against {against} is not a row of {path}: {' '.join(results['rows'])}")
+            raise InputError(f"--against {against} is not a row of {path}: {' '.join(results['rows'])}")
         results["flags"]["against"] = against or results["flags"]["against"]
         results["summary"] = summarize(results)
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"--from {path} is not a results.json of this script ({error!r})") from None
+        raise InputError(f"--from {path} is not a results.json of this script ({error!r})") from None
     return results
 
 
@@ -243,16 +244,24 @@ def _prepare(flags: EvaluateFlags) -> tuple[list[str], list[str], dict[str, Any]
     names, notes = choose_rows(flags)
     sources = find_sources(names, flags)
     most = []
+    otherwise: dict[str, list[str]] = {}
     for name in names:  # refuse what we cannot read
         source = sources[name]
         plain = way(name) in HF_ROWS and SECTION not in read_config_json(source.model)
         pairs = () if plain else None if way(name) in HF_ROWS else flags.pair_indices
-        most.append(load_config(source.model, pairs, source.adapter).max_position_embeddings)
+        config = load_config(source.model, pairs, source.adapter)
+        most.append(config.max_position_embeddings)
+        if way(name) not in HF_ROWS and config.visibility is not None and config.align is not None:
+            visibility, align = decoded_as(name, flags.align or config.align)
+            if (visibility, align) != (config.visibility, config.align):
+                trained = f"{source.adapter or source.model} was trained with visibility {config.visibility}, align"
+                otherwise.setdefault(f"{trained} {config.align}", []).append(f"{name} ({visibility}, {align})")
+    notes += [f"{trained}; other rows: {', '.join(rows)}" for trained, rows in otherwise.items()]
     tokenizers = {source.model: load_tokenizer(source.model) for source in sources.values()}
     first, tokenizer = next(iter(tokenizers.items()))
     for directory, other in tokenizers.items():
         if other.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(
+            raise InputError(
                 f"{directory} and {first} have different tokenizers; rows that are compared must share one"
             )
     eos_ids = sorted({i for directory, own in tokenizers.items() for i in load_eos_ids(directory, own)})
@@ -272,7 +281,7 @@ def _check_lengths(contexts: Sequence[Context], tokenizer: Any, max_new_tokens: 
         sample = to_tokens(context, tokenizer, 0)
         columns = len(sample.background) + sample.prompt_columns + max_new_tokens
         if columns > most:
-            raise ValueError(
+            raise InputError(
                 f"question {context.questions[0].id}: its context, the longest question about it and --max-new-tokens "
                 f"{max_new_tokens} take {columns} columns, the model has max_position_embeddings {most}; shorten the "
                 "context or lower --max-new-tokens"

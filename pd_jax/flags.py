@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pd_jax.cli import flag
-from pd_jax.config import LORA_TARGETS
+from pd_jax.config import LORA_TARGETS, Align, Visibility
 
 MODEL, DATA, OPTIM, LORA, RUN = "model", "data", "optimisation", "LoRA", "running and saving"
 
@@ -22,8 +22,12 @@ class TrainFlags:
         group=MODEL,
     )
     sibling_bias: bool = flag(False, "add a learned bias per layer and head towards sibling branches", group=MODEL)
-    visibility: Literal["columns", "isolated", "prompts"] = flag("columns", "which siblings a branch sees", group=MODEL)
-    align: Literal["left", "right", "ragged"] = flag("left", "how prompts share columns", group=MODEL)
+    visibility: Visibility | None = flag(
+        None, "which siblings a branch sees; as the model was trained before, else columns", group=MODEL
+    )
+    align: Align | None = flag(
+        None, "how prompts share columns; as the model was trained before, else left", group=MODEL
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto",
         "compute dtype; auto is float32 on CPU and bfloat16 elsewhere; trained weights stay float32",
@@ -125,7 +129,9 @@ class EvaluateFlags:
     )
     against: str | None = flag(None, "row that differences are taken against; the first row if not given", group=RUN)
     pair_indices: tuple[int, ...] | None = flag(None, "RoPE pairs of our rows if none are stored", group=MODEL)
-    align: Literal["left", "right", "ragged"] = flag("left", "alignment of the rows prompts and columns", group=MODEL)
+    align: Align | None = flag(
+        None, "alignment of the rows prompts and columns; as each model was trained, else left", group=MODEL
+    )
     dtype: Literal["float32", "bfloat16"] = flag("float32", "weights and activations of every row", group=MODEL)
     local_files_only: bool = flag(False, "never ask the hub", group=MODEL)
     dataset_name: str = flag("rajpurkar/squad", "hub id or file in SQuAD's format", group=DATA)

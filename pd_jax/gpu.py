@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pd_jax.columns import Coordinates, Visibility, column_mask, prefix_ends
+from pd_jax.columns import Coordinates, column_mask, prefix_ends
+from pd_jax.config import Visibility
 
 
 def make_mask(coordinates: Coordinates, visibility: Visibility) -> tuple[Array, Array]:

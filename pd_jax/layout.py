@@ -20,9 +20,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-Align = Literal["left", "right", "ragged"]
+from pd_jax.config import ALIGNMENTS, Align, check_choice
+from pd_jax.errors import InputError
+
 Objective = Literal["answers", "all"]
-ALIGNMENTS: tuple[Align, ...] = ("left", "right", "ragged")
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,12 @@ class Sample:
 
     def __post_init__(self) -> None:
         if isinstance(self.branches, str):
-            raise ValueError(f"branches is one string, {self.branches!r}; pass a list of prompts")
+            raise InputError(f"branches is one string, {self.branches!r}; pass a list of prompts")
         if not self.branches:
-            raise ValueError("a sample has no branches; give at least one prompt")
+            raise InputError("a sample has no branches; give at least one prompt")
         empty = [i for i, text in enumerate(self.branches) if not text.strip()]
         if empty:
-            raise ValueError(f"prompts {empty} of {len(self.branches)} are empty; every branch needs a prompt")
+            raise InputError(f"prompts {empty} of {len(self.branches)} are empty; every branch needs a prompt")
 
 
 @dataclass(frozen=True)
@@ -164,12 +165,11 @@ def build_layout(
     `objective` says which targets count: "answers" (answer tokens and their end) or "all" (every token that has a
     successor in its branch). Raises `ValueError` for an unknown `align` and for a row that does not fit.
     """
-    if align not in ALIGNMENTS:
-        raise ValueError(f"align {align!r} is not one of {', '.join(ALIGNMENTS)}")
+    check_choice("align", align, ALIGNMENTS)
     sizes = [sum(map(len, row)) for row in rows]
     length = max(sizes, default=0) if length is None else length
     if max(sizes, default=0) > length:
-        raise ValueError(f"a row of {max(sizes)} tokens does not fit in {length}; raise the length or use fit()")
+        raise InputError(f"a row of {max(sizes)} tokens does not fit in {length}; raise the length or use fit()")
     shape = (len(rows), length)
     out = Layout(
         tokens=np.full(shape, pad_id, np.int32),
@@ -213,7 +213,7 @@ def pack(lengths: Iterable[int], capacity: int) -> list[list[int]]:
     """
     lengths = list(lengths)
     if max(lengths, default=0) > capacity:
-        raise ValueError(f"a length of {max(lengths)} does not fit in {capacity}; raise it or use fit()")
+        raise InputError(f"a length of {max(lengths)} does not fit in {capacity}; raise it or use fit()")
     bins: list[list[int]] = []
     room = np.full(len(lengths), capacity)
     for index, size in enumerate(lengths):

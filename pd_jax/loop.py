@@ -20,8 +20,13 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from pd_jax.attention import make_attention, target
-from pd_jax.columns import Coordinates, Visibility, column_mask, rope_tables, sibling_mask
-from pd_jax.config import ModelConfig
+from pd_jax.columns import (
+    Coordinates,
+    column_mask,
+    rope_tables,
+    sibling_mask,
+)
+from pd_jax.config import ModelConfig, Visibility
 from pd_jax.model import PROJECTIONS, Params, block, contraction, head, rms_norm
 from pd_jax.sampling import Controls, Method, distribution, draw
 

@@ -18,6 +18,7 @@ from jax import Array
 
 from pd_jax.checkpoint import ADAPTER_CONFIG, BASE_FINGERPRINT, fingerprint, read_adapter_config, staging
 from pd_jax.config import SECTION, LoraConfig, ModelConfig
+from pd_jax.errors import InputError
 from pd_jax.model import PROJECTIONS, Params, contraction, layer_shapes
 from pd_jax.weights import HF_NAMES, Pending, raise_collected, read_header, write_safetensors
 
@@ -94,7 +95,7 @@ def _hf_shape(name: str, part: str, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def base_settings(config: ModelConfig) -> dict[str, Any]:
-    """What a base must agree on with an adapter: the column settings and theta."""
+    """What is stored with an adapter. A base must agree on all but visibility and alignment, which are its own."""
     return {**config.section(), "rope_theta": config.rope_theta}
 
 
@@ -143,14 +144,14 @@ def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None)
     stored, here = dict(peft.get(SECTION, {})), base_settings(config)
     wanted = stored.pop(BASE_FINGERPRINT, None)
     if base is not None and wanted is not None and fingerprint(base) != wanted:
-        raise ValueError(
+        raise InputError(
             f"{directory} was trained on {peft.get('base_model_name_or_path')} with fingerprint {wanted[:12]}, and "
             f"{base} has {fingerprint(base)[:12]}; use the base it was trained on"
         )
     errors = [
         f"{key} is {value!r} in the adapter and {here.get(key)!r} in the base; use the base it was trained on"
         for key, value in stored.items()
-        if here.get(key) != value
+        if key not in ("visibility", "align") and here.get(key) != value
     ]
     errors += [
         f"{field} is {peft[field]!r}, which only PEFT can do; merge the adapter with PEFT first"
@@ -159,12 +160,12 @@ def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None)
     ]
     raise_collected(directory / ADAPTER_CONFIG, errors)
     if not (directory / ADAPTER_WEIGHTS).is_file():
-        raise ValueError(f"{directory} has no {ADAPTER_WEIGHTS}; is the adapter complete?")
+        raise InputError(f"{directory} has no {ADAPTER_WEIGHTS}; is the adapter complete?")
     tensors = read_header(directory / ADAPTER_WEIGHTS)
     # target_modules may be a list, a regular expression or "all-linear": the tensors say what it came to.
     targets = tuple(f"{name}_proj" for name in PROJECTIONS if _tensor_name(0, name, "a") in tensors)
     if not targets:
-        raise ValueError(f"{directory / ADAPTER_WEIGHTS} adapts no projection of Qwen3: {sorted(tensors)[:3]}")
+        raise InputError(f"{directory / ADAPTER_WEIGHTS} adapts no projection of Qwen3: {sorted(tensors)[:3]}")
     lora = LoraConfig(
         r=peft["r"],
         alpha=peft["lora_alpha"],

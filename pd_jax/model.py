@@ -17,8 +17,8 @@ from flax import nnx
 from jax import Array
 
 from pd_jax.attention import Attention, make_attention, target
-from pd_jax.columns import Coordinates, Visibility, rope_tables, rotate
-from pd_jax.config import LoraConfig, ModelConfig
+from pd_jax.columns import Coordinates, rope_tables, rotate
+from pd_jax.config import LoraConfig, ModelConfig, Visibility
 
 Params = dict[str, Any]  # {"embed": [V, D], "norm": [D], "lm_head": [V, D] if untied, "layers": {name: [L, ...]}}
 PROJECTIONS = {"q": "dnh", "k": "dnh", "v": "dnh", "o": "nhd", "gate": "df", "up": "df", "down": "fd"}

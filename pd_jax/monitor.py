@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from pd_jax.config import LoraConfig, ModelConfig
+from pd_jax.errors import InputError
 from pd_jax.model import Params, layer_shapes
 
 console = Console(soft_wrap=True, highlight=False)
@@ -164,7 +165,7 @@ class Trace:
     def parse(wanted: str) -> tuple[int, int]:
         first, colon, last = wanted.partition(":")
         if not (colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-            raise ValueError(f"--profile {wanted}: give the first and the last step, as 10:12")
+            raise InputError(f"--profile {wanted}: give the first and the last step, as 10:12")
         return int(first), int(last)
 
     def before(self, step: int) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pd_jax.columns import Coordinates, Visibility, column_mask
+from pd_jax.columns import Coordinates, column_mask
+from pd_jax.config import Visibility
 from pd_jax.layout import Layout
 
 KINDS = ("background", "prompt", "answer")

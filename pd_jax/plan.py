@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from pd_jax.columns import Coordinates
 from pd_jax.config import LoraConfig, ModelConfig
+from pd_jax.errors import InputError
 from pd_jax.flags import PlanFlags, PretrainFlags
 from pd_jax.layout import Layout
 from pd_jax.loop import BLOCK, Program, Prompt, decode_block, prefill, unstack
@@ -95,7 +96,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 def model_config(name: str) -> ModelConfig:
     """The shape of a Qwen3 by its hub id; no download."""
     if name not in QWEN3:
-        raise ValueError(f"model {name!r} is not known here; give a directory, or one of {', '.join(QWEN3)}")
+        raise InputError(f"model {name!r} is not known here; give a directory, or one of {', '.join(QWEN3)}")
     layers, hidden, mlp, heads, kv_heads, tied = QWEN3[name]
     return ModelConfig(151936, hidden, mlp, layers, heads, kv_heads, 128, 1e6, tie_word_embeddings=tied)
 
@@ -108,14 +109,14 @@ def topology(name: str) -> tuple[Machine, list[Any]]:
     kind, _, shape = name.partition(":")
     unknown = f"topology {name!r} is not known; give one like v5e:4x4, v5p:2x2x1, v6e:4x4 or h100:1 to h100:8"
     if kind not in MACHINES or not re.fullmatch(r"[1-8]" if kind == "h100" else r"\d+(x\d+)*", shape):
-        raise ValueError(unknown)
+        raise InputError(unknown)
     machine, version = MACHINES[kind], jax.__version__
     module, install = {
         "tpu": ("libtpu", f"'jax[tpu]=={version}'"),
         "cuda": ("jax_cuda13_plugin", f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"),
     }[machine.platform]
     if find_spec(module) is None:
-        raise ValueError(f"the compiler for {name} is not installed; pip install {install}")
+        raise InputError(f"the compiler for {name} is not installed; pip install {install}")
     try:
         if machine.platform == "tpu":
             description = topologies.get_topology_desc(platform="tpu", topology_name=name)
@@ -124,7 +125,7 @@ def topology(name: str) -> tuple[Machine, list[Any]]:
                 platform="cuda", topology_name="", topology=f"1x1x{shape}", target_config=H100_TARGET
             )
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        raise ValueError(f"{unknown} ({module}: {str(error).splitlines()[0]})") from None
+        raise InputError(f"{unknown} ({module}: {str(error).splitlines()[0]})") from None
     return machine, list(description.devices)
 
 

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from pd_jax.checkpoint import root_cause
+from pd_jax.errors import InputError
 from pd_jax.flags import TrainFlags
 from pd_jax.model import Params
 from pd_jax.monitor import say
@@ -36,7 +37,7 @@ def start_processes(flags: TrainFlags) -> None:
     given = (flags.coordinator_address, flags.num_processes, flags.process_id)
     if any(value is not None for value in given):
         if None in given:
-            raise ValueError(
+            raise InputError(
                 f"--coordinator-address {given[0]} --num-processes {given[1]} --process-id {given[2]}: give all three"
             )
         if not jax.distributed.is_initialized():
@@ -65,7 +66,7 @@ def check_output(flags: TrainFlags) -> bool:
     path = output / "run.json"
     if not path.is_file():
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise ValueError(f"--output-dir {output} holds files of something else; choose an empty or a new directory")
+            raise InputError(f"--output-dir {output} holds files of something else; choose an empty or a new directory")
         return True
     run = json.loads(path.read_text(encoding="utf-8"))
     ours = json.loads(json.dumps(dataclasses.asdict(flags)))
@@ -75,7 +76,7 @@ def check_output(flags: TrainFlags) -> bool:
         if name not in FREE_ON_RESUME and ours.get(name) != run["flags"].get(name)
     ]
     if changed:
-        raise ValueError(f"--output-dir {output} holds a run with other flags: {', '.join(changed)}; use another one")
+        raise InputError(f"--output-dir {output} holds a run with other flags: {', '.join(changed)}; use another one")
     return not run["finished"]
 
 
@@ -84,7 +85,7 @@ def check_base(flags: TrainFlags, base: dict[str, str]) -> None:
     path = Path(flags.output_dir) / "run.json"
     stored = json.loads(path.read_text(encoding="utf-8"))["base"] if path.is_file() else base
     if stored["fingerprint"] != base["fingerprint"]:
-        raise ValueError(
+        raise InputError(
             f"--output-dir {flags.output_dir} holds a run on {stored['name']} with fingerprint "
             f"{stored['fingerprint'][:12]}, and the files of {base['name']} have {base['fingerprint'][:12]}; "
             "restore that base, or use another --output-dir"

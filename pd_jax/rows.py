@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pd_jax.baselines import Decoded, Transformers, check_weights
+from pd_jax.config import Align, Visibility
 from pd_jax.data.squad import Context, to_tokens
+from pd_jax.errors import InputError
 from pd_jax.flags import EvaluateFlags
 from pd_jax.layout import Branch, TokenSample
 
@@ -29,6 +31,12 @@ Row = Callable[[Sequence[Context], int, int | None], Decoded]  # contexts, max_n
 def way(name: str) -> str:
     """The way of answering of row `name`."""
     return name.partition("=")[0]
+
+
+def decoded_as(name: str, align: Align) -> tuple[Visibility, Align]:
+    """Visibility and alignment of one of our rows; `align` is that of the rows prompts and columns."""
+    how = way(name)
+    return (how, align) if how == "prompts" or how == "columns" else ("isolated", "ragged")
 
 
 def answer_in_columns(
@@ -87,13 +95,13 @@ def choose_rows(flags: EvaluateFlags) -> tuple[list[str], list[str]]:
     """(the rows to run, lines about those that cannot). Raises `ValueError` when a row asked for lacks its model."""
     unknown = [name for name in flags.rows if way(name) not in ROWS or name.endswith("=")]
     if unknown:
-        raise ValueError(f"--rows {' '.join(unknown)}: no such row; choose from {' '.join(ROWS)}, or ROW=MODEL")
+        raise InputError(f"--rows {' '.join(unknown)}: no such row; choose from {' '.join(ROWS)}, or ROW=MODEL")
     models = dict.fromkeys(HF_ROWS, ("--base-model", flags.base_model))
     models |= dict.fromkeys(("isolated", "prompts", "columns"), ("--ft-model", flags.ft_model))
     models["sequential"] = ("--sequential-model or --ft-model", flags.sequential_model or flags.ft_model)
     for name in flags.rows:
         if name in ROWS and models[name][1] is None:
-            raise ValueError(f"row {name} needs {models[name][0]}")
+            raise InputError(f"row {name} needs {models[name][0]}")
     names = [name for name in dict.fromkeys(flags.rows or ROWS) if name not in ROWS or models[name][1] is not None]
     names.sort(key=lambda name: ROWS.index(way(name)))
     notes = []
@@ -102,9 +110,9 @@ def choose_rows(flags: EvaluateFlags) -> tuple[list[str], list[str]]:
         notes.append(f"the hf rows are skipped: {obstacle}")
         names = [name for name in names if way(name) not in HF_ROWS]
     if not names:
-        raise ValueError("; ".join(["nothing to run: give --base-model (hf rows) or --ft-model (our rows)", *notes]))
+        raise InputError("; ".join(["nothing to run: give --base-model (hf rows) or --ft-model (our rows)", *notes]))
     if flags.against is not None and flags.against not in names:
-        raise ValueError(f"--against {flags.against} is not one of the rows that run: {' '.join(names)}")
+        raise InputError(f"--against {flags.against} is not one of the rows that run: {' '.join(names)}")
     return names, notes
 
 
@@ -130,7 +138,7 @@ def find_sources(names: Sequence[str], flags: EvaluateFlags) -> dict[str, Source
         if not (directory / "adapter_config.json").is_file():
             return Source(directory)
         if flags.ft_base_model is None:
-            raise ValueError(f"{path} is a LoRA adapter; pass the model it belongs to as --ft-base-model")
+            raise InputError(f"{path} is a LoRA adapter; pass the model it belongs to as --ft-base-model")
         return Source(find_model(flags.ft_base_model, flags.local_files_only), directory)
 
     sources = {}
@@ -143,7 +151,7 @@ def find_sources(names: Sequence[str], flags: EvaluateFlags) -> dict[str, Source
             control = flags.sequential_model if name == "sequential" else None
             sources[name] = source(own or str(control or flags.ft_model))
     if flags.ft_base_model is not None and not any(source.adapter for source in sources.values()):
-        raise ValueError(
+        raise InputError(
             f"--ft-base-model {flags.ft_base_model} is given, but --ft-model {flags.ft_model} is no adapter"
         )
     return sources
@@ -175,8 +183,7 @@ def loader(flags: EvaluateFlags, tokenizer: Any, eos_ids: Sequence[int]) -> Call
         model = held[hf, source]
         if hf:
             return getattr(model, how.removeprefix("hf-").replace("-", "_"))
-        visibility = how if how in ("prompts", "columns") else "isolated"
-        align = "ragged" if visibility == "isolated" else flags.align
-        return functools.partial(answer_in_columns, model, visibility, align, how == "sequential")
+        settings = decoded_as(name, flags.align or model.config.align or "left")
+        return functools.partial(answer_in_columns, model, *settings, how == "sequential")
 
     return load

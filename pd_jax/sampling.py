@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pd_jax.errors import InputError
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -43,7 +45,7 @@ class SamplingParams:
         }
         for name, (right, wanted) in checks.items():
             if not right:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+                raise InputError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
 
     def method(self) -> "Method":
         truncate = self.do_sample and (self.top_k > 0 or self.top_p < 1)

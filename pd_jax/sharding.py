@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pd_jax.config import ModelConfig
+from pd_jax.errors import InputError
 from pd_jax.model import Params, param_shapes
 
 AXES = ("data", "fsdp", "tensor")
@@ -54,17 +55,17 @@ def make_mesh(*axes: int, devices: Any = None) -> Mesh:
     Raises `ValueError` when there are not three, or when they do not multiply to the number of devices.
     """
     if len(axes) != len(AXES):
-        raise ValueError(f"mesh {' '.join(map(str, axes))} has {len(axes)} sizes; give {', '.join(AXES)}")
+        raise InputError(f"mesh {' '.join(map(str, axes))} has {len(axes)} sizes; give {', '.join(AXES)}")
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict(zip(AXES, axes, strict=True))
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(free) > 1 or min(size for size in sizes.values() if size != -1) < 1 or len(devices) % fixed:
-        raise ValueError(f"mesh {sizes} does not fit {len(devices)} devices; the axes must multiply to that number")
+        raise InputError(f"mesh {sizes} does not fit {len(devices)} devices; the axes must multiply to that number")
     if free:
         sizes[free[0]] = len(devices) // fixed
     elif fixed != len(devices):
-        raise ValueError(f"mesh {sizes} has {fixed} places for {len(devices)} devices; set one axis to -1")
+        raise InputError(f"mesh {sizes} has {fixed} places for {len(devices)} devices; set one axis to -1")
     shape = tuple(sizes.values())
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -81,20 +82,20 @@ def check_model(config: ModelConfig, mesh: Mesh) -> None:
     }
     wrong = [f"{name} {size} by {axis} {n}" for name, (size, axis, n) in sizes.items() if size % n]
     if wrong:
-        raise ValueError(f"the mesh does not divide the model: {'; '.join(wrong)}; choose other --mesh sizes")
+        raise InputError(f"the mesh does not divide the model: {'; '.join(wrong)}; choose other --mesh sizes")
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:
     """Raise `ValueError` when the rows of a micro-batch do not divide over the batch axes, or those over processes."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % ways:
-        raise ValueError(
+        raise InputError(
             f"--batch-size {batch_size} does not divide over data x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']} "
             f"devices; use a multiple of {ways}"
         )
     processes = len({device.process_index for device in mesh.devices.flat})
     if ways % processes:
-        raise ValueError(
+        raise InputError(
             f"data x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']} does not share out the rows over {processes} "
             "processes; make it a multiple of that number and --mesh's tensor axis smaller"
         )

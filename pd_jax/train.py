@@ -32,6 +32,7 @@ from pd_jax.checkpoint import (
 from pd_jax.columns import Coordinates
 from pd_jax.config import LoraConfig, ModelConfig
 from pd_jax.data import fineweb, pipeline, squad
+from pd_jax.errors import InputError
 from pd_jax.flags import FinetuneFlags, PretrainFlags, TrainFlags
 from pd_jax.layout import fit
 from pd_jax.lora import init_adapters, load_adapter, save_adapter
@@ -68,9 +69,10 @@ def pretrain(flags: PretrainFlags) -> None:
     if finished(flags):
         return
     if flags.streaming and flags.workers:
-        raise ValueError(f"--workers {flags.workers} cannot share a stream; leave out --streaming or --workers")
+        raise InputError(f"--workers {flags.workers} cannot share a stream; leave out --streaming or --workers")
     length = flags.branch_count * flags.seq_length
     start = prepare(flags, length)
+    align = start.config.align or "left"
     documents = fineweb.load_documents(
         flags.dataset_name,
         flags.dataset_config,
@@ -87,7 +89,7 @@ def pretrain(flags: PretrainFlags) -> None:
             flags.seq_length,
             rows_per_step(flags),
             flags.seed,
-            flags.align,
+            align,
             start.pad,
             flags.workers,
             epochs,
@@ -111,6 +113,7 @@ def finetune(flags: FinetuneFlags) -> None:
     if finished(flags):
         return
     start = prepare(flags, flags.max_length)
+    align = start.config.align or "left"
 
     def samples(name: str, split: str, limit: int | None) -> list:
         contexts = squad.load_squad(name, split, flags.local_files_only)
@@ -125,7 +128,7 @@ def finetune(flags: FinetuneFlags) -> None:
             f"shortened and {len(whole) - len(kept)} contexts dropped to fit --max-length {flags.max_length}"
         )
         if not kept:
-            raise ValueError(
+            raise InputError(
                 f"no context of {name} fits --max-length {flags.max_length}: the shortest needs "
                 f"{min(len(s) - len(s.background) for s in whole)} tokens; raise it or lower --max-branches"
             )
@@ -139,13 +142,13 @@ def finetune(flags: FinetuneFlags) -> None:
         used = sum(len(samples[i]) for row in rows for i in row) / (len(rows) * flags.max_length)
         say(f"{len(rows)} rows of {flags.max_length} tokens, {used:.0%} of them used")
         return (
-            pipeline.finetune_batches(samples, rows, flags.max_length, size, flags.align, start.pad, flags.workers),
+            pipeline.finetune_batches(samples, rows, flags.max_length, size, align, start.pad, flags.workers),
             steps,
         )
 
     name = flags.eval_dataset_name or (None if Path(flags.dataset_name).exists() else flags.dataset_name)
     if name is None and (flags.max_eval_samples or flags.eval_batch_size):
-        raise ValueError(
+        raise InputError(
             f"--max-eval-samples and --eval-batch-size: {flags.dataset_name} is a file and has no validation split; "
             "pass --eval-dataset-name too"
         )
@@ -179,10 +182,17 @@ def prepare(flags: TrainFlags, row_length: int) -> Start:
     directory = find_model(flags.model_name, flags.local_files_only)
     adapter = None if flags.adapter is None else find_model(flags.adapter, flags.local_files_only)
     config = load_config(directory, flags.pair_indices, adapter)
-    config = dataclasses.replace(config, sibling_bias=config.sibling_bias or flags.sibling_bias)
+    visibility, align = flags.visibility or config.visibility or "columns", flags.align or config.align or "left"
+    if (config.visibility or visibility, config.align or align) != (visibility, align):
+        say(
+            f"{flags.model_name} was trained with visibility {config.visibility}, align {config.align}; this run "
+            f"trains it with visibility {visibility}, align {align}"
+        )
+    bias = config.sibling_bias or flags.sibling_bias
+    config = dataclasses.replace(config, sibling_bias=bias, visibility=visibility, align=align)
     tokenizer = load_tokenizer(directory)
     if len(tokenizer) > config.vocab_size:
-        raise ValueError(
+        raise InputError(
             f"{directory}: the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size} rows; "
             "use the tokenizer that belongs to the model"
         )
@@ -196,7 +206,7 @@ def prepare(flags: TrainFlags, row_length: int) -> Start:
     elif flags.use_lora:
         lora = LoraConfig(flags.lora_r, flags.lora_alpha, flags.lora_dropout, flags.lora_target_modules)
     if lora is not None and flags.sibling_bias:
-        raise ValueError(
+        raise InputError(
             "--sibling-bias is a weight of the base, which --use-lora does not train; leave one of them out"
         )
     base = None
@@ -207,7 +217,7 @@ def prepare(flags: TrainFlags, row_length: int) -> Start:
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     dtype = jnp.dtype({"auto": "float32" if on_cpu else "bfloat16"}.get(flags.dtype, flags.dtype))
     with jax.set_mesh(mesh):
-        call = Call(*target(), flags.visibility, row_length, config.head_dim, dtype, config.sibling_bias)
+        call = Call(*target(), visibility, row_length, config.head_dim, dtype, config.sibling_bias)
     check_backend(flags.attention, call)
     return Start(
         directory=directory,
@@ -259,7 +269,7 @@ def make_step(
             config,
             rows["tokens"],
             Coordinates.of(rows),
-            flags.visibility,
+            config.visibility or "columns",
             dtype,
             remat=flags.remat,
             backend=flags.attention,
@@ -350,7 +360,7 @@ def train(
     if not (output / "checkpoints").is_dir():
         ahead = next(data, None)  # of a stream only this tells whether there is a first batch
         if ahead is None:
-            raise ValueError(
+            raise InputError(
                 f"the data end before the first step, which takes {rows_per_step(flags)} rows of {row_length} tokens; "
                 "use more data or smaller rows"
             )

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from pd_jax.config import ModelConfig
+from pd_jax.errors import InputError
 from pd_jax.model import PROJECTIONS, Params, layer_shapes, param_shapes
 
 HF_NAMES = {
@@ -110,7 +111,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
-        raise ValueError(f"duplicate tensors {twice}")
+        raise InputError(f"duplicate tensors {twice}")
     return dict(pairs)
 
 
@@ -123,24 +124,24 @@ def read_header(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ValueError(f"{path} is truncated or not safetensors ({size:,} bytes); download it again")
+            raise InputError(f"{path} is truncated or not safetensors ({size:,} bytes); download it again")
         try:
             header = json.loads(file.read(length), object_pairs_hook=_unique)
         except ValueError as error:
-            raise ValueError(f"{path} has a damaged header ({error}); download it again") from None
+            raise InputError(f"{path} has a damaged header ({error}); download it again") from None
     header.pop("__metadata__", None)
     tensors, wanted = {}, 8 + length
     for name, info in header.items():
         if info["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name} is stored as {info['dtype']}, only {', '.join(DTYPES)} are supported")
+            raise InputError(f"{path}: {name} is stored as {info['dtype']}, only {', '.join(DTYPES)} are supported")
         start, stop = info["data_offsets"]
         dtype, shape = DTYPES[info["dtype"]], tuple(info["shape"])
         if stop - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{path}: {name} has {stop - start:,} bytes, not what {info['dtype']} {shape} takes")
+            raise InputError(f"{path}: {name} has {stop - start:,} bytes, not what {info['dtype']} {shape} takes")
         tensors[name] = Tensor(path, dtype, shape, 8 + length + start)
         wanted = max(wanted, 8 + length + stop)
     if size != wanted:
-        raise ValueError(f"{path} is truncated: {size:,} bytes, its header promises {wanted:,}; download it again")
+        raise InputError(f"{path} is truncated: {size:,} bytes, its header promises {wanted:,}; download it again")
     return tensors
 
 
@@ -201,7 +202,7 @@ def raise_collected(where: Path, errors: list[str], shown: int = 20) -> None:
     """Raise one `ValueError` for `errors`, if there are any."""
     if errors:
         more = f"; and {len(errors) - shown} more" if len(errors) > shown else ""
-        raise ValueError(f"{where}: " + "; ".join(errors[:shown]) + more)
+        raise InputError(f"{where}: " + "; ".join(errors[:shown]) + more)
 
 
 def read_params(
@@ -280,7 +281,7 @@ def parse_size(text: str) -> int:
     number = text.strip().rstrip("BGKMIbgkmi ")
     unit = text.strip()[len(number) :].strip().upper()
     if unit not in units or not number.replace(".", "", 1).isdigit() or float(number) <= 0:
-        raise ValueError(f"size {text!r} is not a number with a unit; write it like 5GB or 500MB")
+        raise InputError(f"size {text!r} is not a number with a unit; write it like 5GB or 500MB")
     return int(float(number) * units[unit])
 
 

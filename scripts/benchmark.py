@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pd_jax.cli import flag, parse, run
+from pd_jax.errors import InputError
 
 
 # --- taking turns
@@ -245,7 +246,7 @@ def attention(flags: AttentionFlags) -> None:
             for backend in flags.backends:
                 try:
                     contenders[backend] = make(make_attention(columns, backend=backend), backward, arrays)
-                except ValueError as error:
+                except InputError as error:
                     if not backward:
                         print(f"skipped: {error}")
             if on_cpu:
@@ -582,7 +583,7 @@ def main() -> None:
         print(f"{__doc__}\ncommands: {', '.join(COMMANDS)} (each has --help)")
         return
     if name not in COMMANDS:
-        raise ValueError(f"command {name!r} is not one of {', '.join(COMMANDS)}")
+        raise InputError(f"command {name!r} is not one of {', '.join(COMMANDS)}")
     flags, command = COMMANDS[name]
     parsed = parse(flags, sys.argv[2:], description=__doc__)
     keep_to(getattr(parsed, "threads", 1))

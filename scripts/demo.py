@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pd_jax.cli import flag, parse, run
+from pd_jax.config import Align, Visibility
+from pd_jax.errors import InputError
 
 if TYPE_CHECKING:
     from pd_jax import ParallelDecoder, Sample, SamplingParams
@@ -33,10 +35,10 @@ class Flags:
         "./parallel-decoder-squad", "model directory, pd_jax checkpoint, LoRA adapter or hub id", group="model"
     )
     base_model: str | None = flag(None, "what a LoRA adapter belongs to, if not what it names itself", group="model")
-    visibility: Literal["columns", "isolated", "prompts"] = flag(
-        "columns", "which siblings a branch sees; as in training", group="model"
+    visibility: Visibility | None = flag(
+        None, "which siblings a branch sees; as in training if not given", group="model"
     )
-    align: Literal["left", "right", "ragged"] = flag("left", "how prompts share columns; as in training", group="model")
+    align: Align | None = flag(None, "how prompts share columns; as in training if not given", group="model")
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "auto: float32 on CPU, bfloat16 elsewhere", group="model"
     )
@@ -59,11 +61,11 @@ def samples(flags: Flags) -> "list[Sample]":
     if flags.background is None and not flags.questions:
         given = EXAMPLES
     elif flags.background is None or not flags.questions:
-        raise ValueError("--background and --questions belong together; pass both, or neither for the examples")
+        raise InputError("--background and --questions belong together; pass both, or neither for the examples")
     else:
         given = [(flags.background, list(flags.questions))]
     if empty := [text for _, questions in given for text in questions if not text.strip()]:
-        raise ValueError(f"--questions has an empty one, {empty[0]!r}; leave it out")
+        raise InputError(f"--questions has an empty one, {empty[0]!r}; leave it out")
     return [to_sample(Context("", text, tuple(Question("", q, ()) for q in questions))) for text, questions in given]
 
 
@@ -78,10 +80,10 @@ def load(flags: Flags) -> "ParallelDecoder":
     if (directory / ADAPTER_CONFIG).is_file():
         base = flags.base_model or read_adapter_config(directory).get("base_model_name_or_path")
         if not base:
-            raise ValueError(f"{name} does not name the model that it adapts; pass it as --base-model")
+            raise InputError(f"{name} does not name the model that it adapts; pass it as --base-model")
         name, adapter = base, directory
     elif flags.base_model is not None:
-        raise ValueError(f"--base-model {flags.base_model}: {name} is no LoRA adapter; leave --base-model out")
+        raise InputError(f"--base-model {flags.base_model}: {name} is no LoRA adapter; leave --base-model out")
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return ParallelDecoder.from_pretrained(
         name,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pd_jax.cli import flag, parse, run
+from pd_jax.errors import InputError
 from pd_jax.flags import EvaluateFlags, FinetuneFlags, PretrainFlags
 
 BASE = Path(__file__).parent / "quickstart-base"
@@ -133,9 +134,9 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     out = Path(flags.output_dir)
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--output-dir {out} is a file; choose a directory")
+        raise InputError(f"--output-dir {out} is a file; choose a directory")
     if not (BASE / "config.json").is_file():
-        raise ValueError(f"{BASE} is missing; check it out again, or run scripts/make_base.py")
+        raise InputError(f"{BASE} is missing; check it out again, or run scripts/make_base.py")
     train(out)
     results = compare(out)
     report(results, draw(out))

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pd_jax.cli import flag, parse, run
+from pd_jax.errors import InputError
 from pd_jax.flags import EvaluateFlags, FinetuneFlags, PretrainFlags
 
 SCRIPTS = Path(__file__).parent
@@ -295,7 +296,7 @@ def main() -> None:
     flags = parse(Flags, description=__doc__)
     missing = [f"--{name}" for name in ("web", "train", "eval") if not Path(getattr(flags, name) or "").is_file()]
     if missing:
-        raise ValueError(f"{' and '.join(missing)} must name a file, see --help")
+        raise InputError(f"{' and '.join(missing)} must name a file, see --help")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     out = Path(flags.output_dir)

@@ -14,7 +14,13 @@ from jax.sharding import PartitionSpec as P
 
 from pd_jax import chunked, splash
 from pd_jax.attention import Call, _announce, make_attention, per_device, refusal
-from pd_jax.columns import VISIBILITIES, Coordinates, column_mask, prefix_ends, sibling_mask
+from pd_jax.columns import (
+    Coordinates,
+    column_mask,
+    prefix_ends,
+    sibling_mask,
+)
+from pd_jax.config import VISIBILITIES
 from pd_jax.layout import Branch, TokenSample, build_layout
 
 TOLERANCE = 2e-5

@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 
 from pd_jax.cli import flag, parse, run
+from pd_jax.data import pipeline
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,28 @@ def test_bad_values_exit_with_2(capsys):
     assert capsys.readouterr().err.startswith("error: argument --branch-count: invalid int value: 'three'")
 
 
-def test_our_errors_are_one_line_and_others_keep_their_traceback(capsys):
+def test_what_a_user_can_mend_is_one_line(capsys):
     with pytest.raises(SystemExit) as exit:
         run(lambda: print(parse(Flags, ["--mod", "left"])))
     assert exit.value.code == 2
     assert capsys.readouterr().err == "error: unrecognized argument --mod (did you mean --mode?)\n"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    """Also a `ValueError` that Python raises inside pd_jax, as `zip(strict=True)` does."""
+    monkeypatch.setattr("pd_jax.data.pipeline.pack", lambda lengths, capacity: [*zip([1], [], strict=True)])
+    with pytest.raises(ValueError, match="zip"):
+        run(lambda: print(pipeline.finetune_rows([3], 8, 1, 0)))
     with pytest.raises(ValueError, match="invalid literal"):
-        run(lambda: print(int("x")))  # raised in this test module, not in pd_jax
+        run(lambda: print(int("x")))
+
+
+def test_every_error_of_ours_is_an_input_error():
+    root = Path(__file__).parents[1]
+    files = [path for folder in ("pd_jax", "scripts", "convert") for path in (root / folder).rglob("*.py")]
+    wrong = [str(path) for path in files if "raise ValueError" in path.read_text(encoding="utf-8")]
+    assert files
+    assert wrong == []
 
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune", "evaluate", "demo", "quickstart"])

@@ -8,8 +8,14 @@ import pytest
 from hypothesis import given, settings
 from test_layout import WORKED, aligns, samples
 
-from pd_jax.columns import VISIBILITIES, Coordinates, column_mask, rope_tables, rotate, sibling_mask
-from pd_jax.config import ModelConfig
+from pd_jax.columns import (
+    Coordinates,
+    column_mask,
+    rope_tables,
+    rotate,
+    sibling_mask,
+)
+from pd_jax.config import VISIBILITIES, ModelConfig
 from pd_jax.layout import Branch, TokenSample, build_layout
 
 CONFIG = ModelConfig(100, 32, 64, 2, 4, 2, 16, rope_theta=1e4, pair_indices=(2, 4, 6))

@@ -15,9 +15,9 @@ import pd_jax.decode
 from pd_jax import ParallelDecoder, Sample, SamplingParams, lora
 from pd_jax.attention import dense_attention
 from pd_jax.checkpoint import save_model
-from pd_jax.config import LoraConfig
+from pd_jax.config import ALIGNMENTS, LoraConfig
 from pd_jax.decode import _prompt, _Transcript
-from pd_jax.layout import ALIGNMENTS, Branch, TokenSample, answer_columns
+from pd_jax.layout import Branch, TokenSample, answer_columns
 from pd_jax.loop import BLOCK, Program, cache_bytes, cached_attention, decode_block, feed, prefill, start
 from pd_jax.model import PROJECTIONS, init_params
 from pd_jax.plan import decoder_arguments, model_config

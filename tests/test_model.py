@@ -10,7 +10,8 @@ import tiny
 from flax import nnx
 from test_columns import SMALL, WORKED
 
-from pd_jax.columns import VISIBILITIES, Coordinates, column_mask
+from pd_jax.columns import Coordinates, column_mask
+from pd_jax.config import VISIBILITIES
 from pd_jax.layout import Branch, TokenSample, build_layout
 from pd_jax.model import Qwen3, forward, init_params, logits, param_shapes
 

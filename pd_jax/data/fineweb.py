@@ -9,6 +9,7 @@ import huggingface_hub
 import pyarrow
 from datasets.exceptions import DatasetGenerationError
 
+from pd_jax.errors import InputError
 from pd_jax.layout import Branch, TokenSample
 
 FORMATS = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".json.gz": "json", ".parquet": "parquet"}
@@ -43,12 +44,12 @@ def load_documents(
         columns = documents.column_names or list(next(iter(documents), {}))
     except (OSError, ValueError, DatasetGenerationError, pyarrow.ArrowException) as error:
         cause = str(error.__cause__ or error).split("\n")[0]
-        raise ValueError(
+        raise InputError(
             f"documents {name!r} cannot be loaded ({cause}); pass --dataset-name a file (.jsonl, .jsonl.gz, .json, "
             ".parquet) or directory, or a hub id with network or a prepared cache"
         ) from None
     if "text" not in columns:
-        raise ValueError(f"documents {name!r} have columns {columns} but no 'text'; rename the one that holds the text")
+        raise InputError(f"documents {name!r} have columns {columns} but no 'text'; rename the one that holds the text")
     documents = documents.select_columns(["text"])
     if max_samples is None:
         return documents

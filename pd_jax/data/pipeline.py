@@ -13,8 +13,16 @@ import grain
 import numpy as np
 from absl import flags
 
+from pd_jax.config import Align
 from pd_jax.data.fineweb import Documents, branch_sample
-from pd_jax.layout import Align, Layout, Objective, TokenSample, build_layout, pack
+from pd_jax.errors import InputError
+from pd_jax.layout import (
+    Layout,
+    Objective,
+    TokenSample,
+    build_layout,
+    pack,
+)
 
 Row = dict[str, np.ndarray]
 SHUFFLE_WINDOW = 8192  # segments held to shuffle a stream
@@ -121,7 +129,7 @@ def pretrain_batches(
         )
     least = branch_count * (1 if epochs is None else rows_per_step)
     if len(segments) < least:
-        raise ValueError(
+        raise InputError(
             f"the documents give {len(segments)} segments of --seq-length {seq_length}, {least} are needed (for "
             f"{least // branch_count} rows of --branch-count {branch_count}); use more documents, a smaller "
             "--seq-length or fewer branches"

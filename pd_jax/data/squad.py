@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pd_jax.errors import InputError
 from pd_jax.layout import Branch, Sample, TokenSample
 
 OFFICIAL_URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset/{}-v1.1.json"
@@ -51,12 +52,12 @@ def load_squad(name: str, split: str = "train", local_files_only: bool = False) 
     if path.is_file():
         rows = _file_rows(path)
     elif name.endswith(SUFFIXES):
-        raise ValueError(f"{name} does not exist; {ADVICE}")
+        raise InputError(f"{name} does not exist; {ADVICE}")
     else:
         rows = _hub_rows(name, split, local_files_only)
     contexts = _group(rows)
     if not contexts:
-        raise ValueError(f"{name} has no questions; {ADVICE}")
+        raise InputError(f"{name} has no questions; {ADVICE}")
     return contexts
 
 
@@ -65,10 +66,10 @@ def select(
 ) -> list[Context]:
     """The first `max_samples` contexts that have `min_questions`, each with its first `max_branches` questions."""
     if min_questions > max_branches:
-        raise ValueError(f"--min-questions {min_questions} is above --max-branches {max_branches}; lower one of them")
+        raise InputError(f"--min-questions {min_questions} is above --max-branches {max_branches}; lower one of them")
     chosen = [c for c in contexts if len(c.questions) >= min_questions][:max_samples]
     if not chosen:
-        raise ValueError(f"no context has {min_questions} questions; lower --min-questions (or raise the sample limit)")
+        raise InputError(f"no context has {min_questions} questions; lower --min-questions (or raise the sample limit)")
     return [Context(c.title, c.text, c.questions[:max_branches]) for c in chosen]
 
 
@@ -103,9 +104,9 @@ def _get(value: Any, key: str, kind: type, where: str) -> Any:
     """value[key], checked. `where` names the file and the place in it."""
     if not isinstance(value, dict) or key not in value:
         found = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise ValueError(f"{where} has no {key!r} (found: {found}); this is not SQuAD data; {ADVICE}")
+        raise InputError(f"{where} has no {key!r} (found: {found}); this is not SQuAD data; {ADVICE}")
     if not isinstance(value[key], kind):
-        raise ValueError(f"{where}: {key!r} is {type(value[key]).__name__}, not {kind.__name__}; {ADVICE}")
+        raise InputError(f"{where}: {key!r} is {type(value[key]).__name__}, not {kind.__name__}; {ADVICE}")
     return value[key]
 
 
@@ -120,9 +121,9 @@ def _group(rows: Iterable[Row]) -> list[Context]:
         texts = _get(_get(row, "answers", dict, where), "text", list, f"{where}.answers")
         answers = tuple(str(text).strip() for text in texts)
         if not question:
-            raise ValueError(f"{where}: question {identity!r} is empty; remove it from the data")
+            raise InputError(f"{where}: question {identity!r} is empty; remove it from the data")
         if not answers or not all(answers):
-            raise ValueError(
+            raise InputError(
                 f"{where}: question {identity!r} has {'an empty answer' if answers else 'no answer'}; every question "
                 "needs answers (unanswerable questions, as in SQuAD 2.0, are not supported)"
             )
@@ -147,7 +148,7 @@ def _article_rows(articles: list[Any], source: str) -> Iterator[Row]:
 def _file_rows(path: Path) -> Iterable[Row]:
     """The rows of a local file in either layout."""
     if not path.name.endswith(SUFFIXES):
-        raise ValueError(f"{path} has no known suffix; {ADVICE}")
+        raise InputError(f"{path} has no known suffix; {ADVICE}")
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -155,7 +156,7 @@ def _file_rows(path: Path) -> Iterable[Row]:
         try:
             return _numbered(pyarrow.parquet.read_table(path).to_pylist(), str(path))
         except pyarrow.ArrowException as error:
-            raise ValueError(f"{path} is not a parquet file: {error}") from None
+            raise InputError(f"{path} is not a parquet file: {error}") from None
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
@@ -163,7 +164,7 @@ def _file_rows(path: Path) -> Iterable[Row]:
             return _numbered([json.loads(line) for line in text.split("\n") if line.strip()], str(path))
         return _json_rows(json.loads(text), str(path))
     except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is not readable as {'JSON lines' if '.jsonl' in path.name else 'JSON'}: {error}"
         ) from None
 
@@ -200,10 +201,10 @@ def _hub_rows(name: str, split: str, local_files_only: bool) -> Iterable[Row]:
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
         if offline or name != "rajpurkar/squad" or split not in OFFICIAL_FILES:
-            raise ValueError(f"data set {name!r} [{split}] cannot be loaded ({reason}); {ADVICE}") from None
+            raise InputError(f"data set {name!r} [{split}] cannot be loaded ({reason}); {ADVICE}") from None
     url = OFFICIAL_URL.format(OFFICIAL_FILES[split])
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             return _json_rows(json.load(response), url)
     except (OSError, ValueError) as error:
-        raise ValueError(f"neither the hub ({reason}) nor {url} ({error}) can be reached; {ADVICE}") from None
+        raise InputError(f"neither the hub ({reason}) nor {url} ({error}) can be reached; {ADVICE}") from None
