@@ -66,19 +66,22 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the model need not fit on an accelerator to be exported
     from rich.progress import Progress
 
-    from pd_jax.checkpoint import (
+    from pd_jax.config import SECTION, read_config_json
+    from pd_jax.files import (
         ADAPTER_CONFIG,
         check_new,
         find_model,
+        key_table,
+        load_adapter,
         load_config,
         load_params,
+        parse_size,
         read_adapter_config,
         staging,
         write_metadata,
+        write_params,
     )
-    from pd_jax.config import SECTION, read_config_json
-    from pd_jax.lora import load_adapter, merge_kernel
-    from pd_jax.weights import key_table, parse_size, write_params
+    from pd_jax.lora import merge_kernel
 
     output, shard_size = Path(flags.output), parse_size(flags.max_shard_size)
     check_new(output)

@@ -25,9 +25,17 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the model need not fit on an accelerator to be converted
     from rich.progress import Progress
 
-    from pd_jax.checkpoint import check_new, find_model, load_config, load_params, save_params, staging, write_metadata
     from pd_jax.config import SECTION, read_config_json
-    from pd_jax.weights import key_table
+    from pd_jax.files import (
+        check_new,
+        find_model,
+        key_table,
+        load_config,
+        load_params,
+        save_params,
+        staging,
+        write_metadata,
+    )
 
     output = Path(flags.output)
     check_new(output)

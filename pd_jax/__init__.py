@@ -1,24 +1,32 @@
-"""Columnar parallel decoding for Qwen3 in JAX.
+"""Columnar parallel decoding in JAX: many branches of one shared text at once, one column at a time.
 
-The public API is three names; they are imported lazily so that `--help` does not wait for jax.
+The public API; what needs jax is imported with its first use, so that `--help` does not wait for it.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pd_jax.layout import Branch, Layout, Sample, TokenSample
 
 if TYPE_CHECKING:
-    from pd_jax.decode import ParallelDecoder, SamplingParams
-    from pd_jax.layout import Sample
+    from pd_jax.decoding import BranchResult, Event, ParallelDecoder, Result, SamplingParams
 
-__all__ = ["ParallelDecoder", "Sample", "SamplingParams"]
+__version__ = "0.2.0"
+__all__ = [
+    "Branch",
+    "BranchResult",
+    "Event",
+    "Layout",
+    "ParallelDecoder",
+    "Result",
+    "Sample",
+    "SamplingParams",
+    "TokenSample",
+]
 
 
-def __getattr__(name: str):
-    if name == "Sample":
-        from pd_jax.layout import Sample
-
-        return Sample
+def __getattr__(name: str) -> Any:
     if name in __all__:
-        from pd_jax import decode
+        from pd_jax import decoding
 
-        return getattr(decode, name)
+        return getattr(decoding, name)
     raise AttributeError(f"module 'pd_jax' has no attribute {name!r}")

@@ -1,26 +1,25 @@
 """The column mask and the interleaved 2D RoPE: pure functions of coordinates, for training, prefill and decoding."""
 
 import math
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array
 
 from pd_jax.config import VISIBILITIES, ModelConfig, Visibility, check_choice
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@struct.dataclass
 class Coordinates:
-    """Where tokens stand: int32 branch, column, segment; bool valid and prompt. All of one shape [..., T]."""
+    """Where tokens stand; all of one shape [..., T]."""
 
-    branch: Array
-    column: Array
-    segment: Array
-    valid: Array
-    prompt: Array
+    branch: Array  # int32; 0 is the background
+    column: Array  # int32
+    segment: Array  # int32, the sample's number in its row; -1 for PAD
+    valid: Array  # bool; False for PAD
+    prompt: Array  # bool; part of a branch's prompt
 
     @classmethod
     def of(cls, layout) -> "Coordinates":

@@ -18,6 +18,12 @@ VISIBILITIES: tuple[Visibility, ...] = ("columns", "isolated", "prompts")
 Align = Literal["left", "right", "ragged"]
 ALIGNMENTS: tuple[Align, ...] = ("left", "right", "ragged")
 
+Remat = Literal["none", "dots", "full"]  # what the backward pass recomputes: nothing, all but products, every layer
+Backend = Literal["auto", "dense", "chunked", "splash", "tokamax", "cudnn"]  # of attention
+BACKENDS: tuple[Backend, ...] = ("auto", "dense", "chunked", "splash", "tokamax", "cudnn")
+Dtype = Literal["float32", "bfloat16"]  # of weights, activations and cache
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+
 DEFAULT_PAIR_INDICES = (8, 16, 24)
 SECTION = "pd_jax"  # the key of our settings inside config.json
 
@@ -150,15 +156,6 @@ class ModelConfig:
             align=ours.get("align"),
         )
 
-    @property
-    def parameters(self) -> int:
-        """How many numbers the model has."""
-        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
-        layer = self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size + 2) + 2 * self.head_dim
-        tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        bias = self.num_attention_heads if self.sibling_bias else 0
-        return tables + self.num_hidden_layers * (layer + bias) + self.hidden_size
-
     def section(self) -> dict[str, Any]:
         """The column settings as they are stored under the key `pd_jax` of config.json."""
         return {
@@ -192,6 +189,25 @@ class ModelConfig:
             "rope_scaling": None if self.yarn is None else {k: v for k, v in rope.items() if k != "rope_theta"},
             SECTION: self.section(),
         }
+
+
+# layers, hidden, mlp, heads, kv heads, tied: from the models' config.json; head_dim 128, vocabulary 151,936, theta 1e6.
+QWEN3 = {
+    "Qwen/Qwen3-0.6B": (28, 1024, 3072, 16, 8, True),
+    "Qwen/Qwen3-1.7B": (28, 2048, 6144, 16, 8, True),
+    "Qwen/Qwen3-4B": (36, 2560, 9728, 32, 8, True),
+    "Qwen/Qwen3-8B": (36, 4096, 12288, 32, 8, False),
+    "Qwen/Qwen3-14B": (40, 5120, 17408, 40, 8, False),
+    "Qwen/Qwen3-32B": (64, 5120, 25600, 64, 8, False),
+}
+
+
+def known_config(name: str) -> ModelConfig:
+    """The configuration of a Qwen3 by its hub id; nothing is downloaded. Raises `InputError` for an unknown one."""
+    if name not in QWEN3:
+        raise InputError(f"model {name!r} is not known here; give a directory, or one of {', '.join(QWEN3)}")
+    layers, hidden, mlp, heads, kv_heads, tied = QWEN3[name]
+    return ModelConfig(151936, hidden, mlp, layers, heads, kv_heads, 128, 1e6, tie_word_embeddings=tied)
 
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

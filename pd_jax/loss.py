@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pd_jax.model import outer
+from pd_jax.cpu import outer
 
 CHUNK = 1024  # tokens; at a vocabulary of 151,936 their float32 logits take 0.6 GB
 

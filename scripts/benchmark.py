@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pd_jax.cli import flag, parse, run
+from pd_jax.config import Backend
 from pd_jax.errors import InputError
 
 
@@ -163,11 +164,10 @@ def import_torch(threads: int = 1) -> Any:
 # --- models
 def shape_of(model: str) -> Any:
     """A `ModelConfig` that transformers can compute too: a Qwen3's by its hub id, or "29m"."""
-    from pd_jax.config import ModelConfig
-    from pd_jax.plan import model_config
+    from pd_jax.config import ModelConfig, known_config
 
     if model != "29m":
-        return replace(model_config(model), pair_indices=())
+        return replace(known_config(model), pair_indices=())
     return ModelConfig(8192, 512, 1536, 8, 8, 4, 64, 1e6, tie_word_embeddings=True, pair_indices=())
 
 
@@ -175,7 +175,7 @@ def in_transformers(config: Any, params: Any, dtype: str, device: str) -> Any:
     """The same weights as a transformers model."""
     import transformers
 
-    from pd_jax.weights import write_params
+    from pd_jax.files import write_params
 
     with tempfile.TemporaryDirectory() as directory:
         write_params(Path(directory), params, config)
@@ -194,7 +194,7 @@ class AttentionFlags:
     kv_heads: int = flag(4, "key and value heads", minimum=1)
     head_dim: int = flag(64, "dimensions of a head", minimum=2)
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "auto: float32 on a CPU, bfloat16 elsewhere")
-    backends: tuple[str, ...] = flag(
+    backends: tuple[Backend, ...] = flag(
         ("dense", "chunked", "splash", "tokamax", "cudnn"), "those that cannot run are said"
     )
     repeat: int = flag(3, "calls of which the fastest counts", minimum=1)
@@ -293,7 +293,8 @@ def training(repeat: int) -> None:
 
     from pd_jax.columns import column_mask
     from pd_jax.loss import weighted_nll
-    from pd_jax.model import forward, head, init_params
+    from pd_jax.model import forward, head
+    from pd_jax.params import init_params
 
     torch = import_torch()
     if torch is None:
@@ -306,7 +307,7 @@ def training(repeat: int) -> None:
     tokens, targets = np.random.default_rng(0).integers(config.vocab_size, size=(2, 2, 256))
     weights = jnp.ones((2, 256), jnp.float32) / 512
 
-    def loss(backend: str, params, tokens, targets):
+    def loss(backend: Backend, params, tokens, targets):
         hidden = forward(params, config, tokens, coordinates, backend=backend)
         return weighted_nll(hidden, head(params), targets, weights)
 
@@ -418,7 +419,7 @@ def generator(model: Any, torch: Any, compile_: bool, on_cpu: bool) -> Callable[
 def answer(decoder: Any, sample: Any, new: int, on_cpu: bool) -> Moment:
     """What `decoder.generate` does; when the first column came."""
     from pd_jax import SamplingParams
-    from pd_jax.loop import BLOCK
+    from pd_jax.decoding.steps import BLOCK
 
     steps = decoder._run([sample], SamplingParams(max_new_tokens=new), BLOCK)
     (transcripts,) = next(steps)
@@ -434,12 +435,13 @@ def matrices(weights: Any, rows: int) -> Callable[[], Any]:
     """All matrices of a model times so many rows, and nothing else: a column cannot take less."""
     import jax.numpy as jnp
 
-    from pd_jax.loop import _times
-    from pd_jax.model import PROJECTIONS, head
+    from pd_jax.cpu import times
+    from pd_jax.model import head
+    from pd_jax.params import PROJECTIONS
 
     kernels = [layer[name] for layer in weights["layers"] for name in PROJECTIONS] + [head(weights)]
     x = jnp.ones((1, rows, max(kernel.shape[1] for kernel in kernels)), kernels[0].dtype)
-    return compiled(lambda kernels, x: [_times(x[..., : k.shape[1]], k) for k in kernels], kernels, x).call
+    return compiled(lambda kernels, x: [times(x[..., : k.shape[1]], k) for k in kernels], kernels, x).call
 
 
 def decode(flags: DecodeFlags) -> None:
@@ -449,10 +451,10 @@ def decode(flags: DecodeFlags) -> None:
     from rich.table import Table
 
     from pd_jax import ParallelDecoder
+    from pd_jax.decoding.steps import BLOCK, cache_bytes, unstack
+    from pd_jax.evaluation.pictures import draw_decoding
     from pd_jax.layout import Branch, TokenSample
-    from pd_jax.loop import BLOCK, cache_bytes, unstack
-    from pd_jax.model import init_params
-    from pd_jax.pictures import draw_decoding
+    from pd_jax.params import init_params
 
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"

@@ -73,7 +73,7 @@ def load(flags: Flags) -> "ParallelDecoder":
     import jax
 
     from pd_jax import ParallelDecoder
-    from pd_jax.checkpoint import ADAPTER_CONFIG, find_model, read_adapter_config
+    from pd_jax.files import ADAPTER_CONFIG, find_model, read_adapter_config
 
     name, adapter = flags.model_name, None
     directory = find_model(name, flags.local_files_only)

@@ -7,14 +7,14 @@
 import os
 
 from pd_jax.cli import parse, run
-from pd_jax.flags import EvaluateFlags
+from pd_jax.evaluation import EvaluateFlags
 
 
 def main() -> None:
     # torch and JAX share the accelerator: JAX must not take most of its memory at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     flags = parse(EvaluateFlags, description=__doc__)
-    from pd_jax.evaluate import evaluate  # after parsing: --help does not wait
+    from pd_jax.evaluation.run import evaluate  # after parsing: --help does not wait
 
     evaluate(flags)
 

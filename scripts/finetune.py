@@ -1,12 +1,12 @@
 """Finetuning on questions grouped by context: the context is shared, every question is a branch."""
 
 from pd_jax.cli import parse, run
-from pd_jax.flags import FinetuneFlags
+from pd_jax.training import FinetuneFlags
 
 
 def main() -> None:
     flags = parse(FinetuneFlags, description=__doc__)
-    from pd_jax.train import finetune  # after parsing: --help does not wait for jax
+    from pd_jax.training.stages import finetune  # after parsing: --help does not wait for jax
 
     finetune(flags)
 

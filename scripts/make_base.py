@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pd_jax.cli import flag, parse, run
-from pd_jax.flags import PretrainFlags
+from pd_jax.training import PretrainFlags
 
 BASE = Path(__file__).parent / "quickstart-base"
 
@@ -24,11 +24,17 @@ def make_base(out: Path) -> None:
     """Train the base from random weights: with one branch and no branch pairs, an ordinary language model."""
     import jax.numpy as jnp
 
-    from pd_jax.checkpoint import load_config, load_params, staging, write_metadata, write_untrained
     from pd_jax.config import ModelConfig, read_config_json
     from pd_jax.data.synthetic import train_tokenizer, write_documents
-    from pd_jax.train import pretrain
-    from pd_jax.weights import write_params
+    from pd_jax.files import (
+        load_config,
+        load_params,
+        staging,
+        write_metadata,
+        write_params,
+        write_untrained,
+    )
+    from pd_jax.training.stages import pretrain
 
     start, trained, documents = out / "start", out / "language-model", out / "documents.jsonl"
     out.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ python scripts/plan.py --model Qwen/Qwen3-4B --topology v5e:4x4
 import os
 
 from pd_jax.cli import parse, run
-from pd_jax.flags import PlanFlags
+from pd_jax.planning import PlanFlags
 
 
 def main() -> None:
@@ -22,10 +22,11 @@ def main() -> None:
     }
     from pathlib import Path
 
-    from pd_jax.checkpoint import load_config
-    from pd_jax.plan import model_config, plan_decoding, plan_training, report
+    from pd_jax.config import known_config
+    from pd_jax.files import load_config
+    from pd_jax.planning.plan import plan_decoding, plan_training, report
 
-    config = load_config(Path(flags.model)) if Path(flags.model).is_dir() else model_config(flags.model)
+    config = load_config(Path(flags.model)) if Path(flags.model).is_dir() else known_config(flags.model)
     kind = f"LoRA r={flags.lora_r}" if flags.use_lora else "all weights"
     name = f"{flags.model} on {flags.topology}"
     plan = plan_training(flags, config)

@@ -1,12 +1,12 @@
 """Columnar pretraining on web documents: segments become branches that unfold side by side."""
 
 from pd_jax.cli import parse, run
-from pd_jax.flags import PretrainFlags
+from pd_jax.training import PretrainFlags
 
 
 def main() -> None:
     flags = parse(PretrainFlags, description=__doc__)
-    from pd_jax.train import pretrain  # after parsing: --help does not wait for jax
+    from pd_jax.training.stages import pretrain  # after parsing: --help does not wait for jax
 
     pretrain(flags)
 

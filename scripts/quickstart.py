@@ -17,7 +17,8 @@ from typing import Any
 
 from pd_jax.cli import flag, parse, run
 from pd_jax.errors import InputError
-from pd_jax.flags import EvaluateFlags, FinetuneFlags, PretrainFlags
+from pd_jax.evaluation import EvaluateFlags
+from pd_jax.training import FinetuneFlags, PretrainFlags
 
 BASE = Path(__file__).parent / "quickstart-base"
 DOCUMENT = 152  # tokens; one document in a hundred is longer
@@ -65,7 +66,7 @@ def make_world(out: Path) -> None:
 
 def train(out: Path) -> None:
     """The world, columnar pretraining and finetuning."""
-    from pd_jax.train import finetune, pretrain
+    from pd_jax.training.stages import finetune, pretrain
 
     make_world(out)
     pretraining, finetuning = stages(out)
@@ -75,7 +76,7 @@ def train(out: Path) -> None:
 
 def compare(out: Path) -> dict[str, Any]:
     """The base in transformers against the finetuned model in columns, on the world's held-out people."""
-    from pd_jax.evaluate import evaluate
+    from pd_jax.evaluation.run import evaluate
 
     return evaluate(
         EvaluateFlags(
@@ -94,10 +95,10 @@ def compare(out: Path) -> dict[str, Any]:
 def draw(out: Path) -> list[Path]:
     """loss.png, and layout.png and mask.png of an English context (matplotlib's own font has no Chinese), the one
     whose answers differ most in length."""
-    from pd_jax.checkpoint import load_tokenizer
     from pd_jax.data import squad
+    from pd_jax.evaluation.pictures import draw_layout, draw_losses, draw_mask
+    from pd_jax.files import load_tokenizer
     from pd_jax.layout import build_layout
-    from pd_jax.pictures import draw_layout, draw_losses, draw_mask
 
     tokenizer = load_tokenizer(BASE)
     contexts = [c for c in squad.load_squad(str(out / "world" / "dev.json")) if c.text.isascii()]

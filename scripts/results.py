@@ -24,7 +24,8 @@ from typing import Any
 
 from pd_jax.cli import flag, parse, run
 from pd_jax.errors import InputError
-from pd_jax.flags import EvaluateFlags, FinetuneFlags, PretrainFlags
+from pd_jax.evaluation import EvaluateFlags
+from pd_jax.training import FinetuneFlags, PretrainFlags
 
 SCRIPTS = Path(__file__).parent
 MODEL, TRAIN, EVAL = "model", "training", "evaluation"
@@ -66,8 +67,8 @@ def stage(out: Path, name: str) -> Generator[None]:
 
 def fit(out: Path, name: str, flags: PretrainFlags | FinetuneFlags) -> None:
     """Pretraining or finetuning to its end. Exits when a signal stopped it."""
-    from pd_jax.resume import check_output
-    from pd_jax.train import finetune, pretrain
+    from pd_jax.training.checkpoints import check_output
+    from pd_jax.training.stages import finetune, pretrain
 
     if check_output(flags):
         with stage(out, name):
@@ -85,10 +86,10 @@ def ordinary(flags: Any, **places: str) -> Any:
 
 def make_start(flags: Flags, out: Path) -> Path:
     """config.json and the tokenizer, learned from the web text."""
-    from pd_jax.checkpoint import write_untrained
     from pd_jax.config import ModelConfig
     from pd_jax.data.fineweb import load_documents
     from pd_jax.data.synthetic import train_tokenizer
+    from pd_jax.files import write_untrained
 
     start = out / "start"
     if (start / "config.json").is_file():
@@ -141,7 +142,7 @@ def web_stages(flags: Flags, start: Path) -> tuple[PretrainFlags, FinetuneFlags]
 
 def compare(out: Path, columnar: Path, control: Path, data: str, flags: Flags) -> dict[str, dict[str, Any]]:
     """Evaluations: `quality` of our rows on all of `data`, `speed` of all rows on its first contexts."""
-    from pd_jax.evaluate import evaluate
+    from pd_jax.evaluation.run import evaluate
 
     exported = out / "control-hf"
     if not exported.is_dir():
@@ -189,8 +190,8 @@ def trained(directory: Path) -> list[str]:
     import jax
     import numpy as np
 
-    from pd_jax.checkpoint import load_config
-    from pd_jax.model import param_shapes
+    from pd_jax.files import load_config
+    from pd_jax.params import param_shapes
 
     shapes = param_shapes(load_config(directory))
     size = sum(int(np.prod(s)) for s in jax.tree.leaves(shapes, is_leaf=lambda node: isinstance(node, tuple)))
@@ -210,8 +211,8 @@ def processor() -> str:
 
 def write_page(flags: Flags, out: Path, evaluations: dict[str, dict[str, dict[str, Any]]]) -> None:
     """Aggregates only: no question, no answer."""
-    from pd_jax.evaluate import write_text
-    from pd_jax.report import FOOTNOTE, tables
+    from pd_jax.evaluation.report import FOOTNOTE, tables
+    from pd_jax.evaluation.run import write_text
 
     machine = next(iter(evaluations.values()))["speed"]["machine"]
     sizes = [field for field in dataclasses.fields(flags) if field.type in (int, float)]

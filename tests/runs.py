@@ -13,7 +13,7 @@ from tempfile import mkdtemp
 
 import tiny
 
-from pd_jax.flags import FinetuneFlags, PretrainFlags, TrainFlags
+from pd_jax.training import FinetuneFlags, PretrainFlags, TrainFlags
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,12 +16,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pd_jax.columns import Coordinates
-from pd_jax.config import ModelConfig
-from pd_jax.loop import BLOCK, Program, decode_block
+from pd_jax.config import ModelConfig, known_config
+from pd_jax.decoding.sampling import Method
+from pd_jax.decoding.steps import BLOCK, Program, decode_block
 from pd_jax.loss import weighted_nll
-from pd_jax.model import forward, head, init_params
-from pd_jax.plan import decoder_arguments, model_config, topology
-from pd_jax.sampling import Method
+from pd_jax.model import forward, head
+from pd_jax.params import init_params
+from pd_jax.planning.plan import decoder_arguments, topology
 
 pytestmark = pytest.mark.aot
 ROWS, TOKENS = 2, 4096
@@ -138,7 +139,7 @@ STAGED = {"cuda": 0, "tpu": 2}  # libtpu keeps so many of the 24 cache arrays in
 def decoder_program(platform: str, branches: int):
     """A block of `branches` branches over 1,024 tokens, Qwen3-4B's shape with `LAYERS` layers; the shape of a cache
     array, and the bytes of the smallest weight matrix or cache array."""
-    config = dataclasses.replace(model_config("Qwen/Qwen3-4B"), num_hidden_layers=LAYERS)
+    config = dataclasses.replace(known_config("Qwen/Qwen3-4B"), num_hidden_layers=LAYERS)
     program = Program(config, "columns", Method())
     _, arguments = decoder_arguments(program, "bfloat16", 1024, branches, 4 * BLOCK)
     weights, _, state, *_ = arguments

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from pd_jax import chunked, splash
-from pd_jax.attention import Call, _announce, make_attention, per_device, refusal
+from pd_jax.attention import Call, chunked, make_attention, splash
+from pd_jax.attention.select import _announce, per_device, refusal
 from pd_jax.columns import (
     Coordinates,
     column_mask,
@@ -294,7 +294,7 @@ def test_auto_takes_chunked_for_long_rows_and_says_so_once(caplog):
 
 def test_auto_takes_chunked_for_a_sibling_bias_and_says_why(monkeypatch, caplog):
     """A TPU has splash, which refuses the bias."""
-    monkeypatch.setattr("pd_jax.attention.target", lambda: ("tpu", "TPU v5e"))
+    monkeypatch.setattr("pd_jax.attention.select.compile_target", lambda: ("tpu", "TPU v5e"))
     c = coordinates([sample(0, [128] * 16)])
     q, k, v, _ = inputs(c, 2, 1, 8)
     with caplog.at_level("INFO", logger="pd_jax.attention"):

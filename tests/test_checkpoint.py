@@ -18,11 +18,18 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from pd_jax import checkpoint
-from pd_jax.checkpoint import find_model, load_config, load_eos_ids, load_params, load_tokenizer, save_model
 from pd_jax.config import SECTION, ModelConfig
-from pd_jax.model import SIBLING_BIAS_START, init_params
-from pd_jax.weights import write_params
+from pd_jax.files import directories as checkpoint
+from pd_jax.files import (
+    find_model,
+    load_config,
+    load_eos_ids,
+    load_params,
+    load_tokenizer,
+    save_model,
+    write_params,
+)
+from pd_jax.params import SIBLING_BIAS_START, init_params
 
 ROOT = Path(__file__).parent.parent
 

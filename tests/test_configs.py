@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from pd_jax.cli import parse
-from pd_jax.flags import EvaluateFlags, FinetuneFlags, PretrainFlags
+from pd_jax.evaluation import EvaluateFlags
+from pd_jax.training import FinetuneFlags, PretrainFlags
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

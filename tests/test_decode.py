@@ -11,19 +11,34 @@ import numpy as np
 import pytest
 import tiny
 
-import pd_jax.decode
+import pd_jax.decoding.decoder
 from pd_jax import ParallelDecoder, Sample, SamplingParams, lora
 from pd_jax.attention import dense_attention
-from pd_jax.checkpoint import save_model
-from pd_jax.config import ALIGNMENTS, LoraConfig
-from pd_jax.decode import _prompt, _Transcript
+from pd_jax.config import ALIGNMENTS, LoraConfig, known_config
+from pd_jax.decoding.answers import Transcript
+from pd_jax.decoding.prompts import make_prompt
+from pd_jax.decoding.sampling import (
+    Controls,
+    Method,
+    cut,
+    distribution,
+    draw,
+)
+from pd_jax.decoding.steps import (
+    BLOCK,
+    Program,
+    cache_bytes,
+    cached_attention,
+    decode_block,
+    feed,
+    prefill,
+    start,
+)
+from pd_jax.files import save_adapter, save_model, write_params
 from pd_jax.layout import Branch, TokenSample, answer_columns
-from pd_jax.loop import BLOCK, Program, cache_bytes, cached_attention, decode_block, feed, prefill, start
-from pd_jax.model import PROJECTIONS, init_params
-from pd_jax.plan import decoder_arguments, model_config
-from pd_jax.sampling import Controls, Method, cut, distribution, draw
-from pd_jax.sharding import make_mesh
-from pd_jax.weights import write_params
+from pd_jax.mesh import make_mesh
+from pd_jax.params import PROJECTIONS, init_params
+from pd_jax.planning.plan import decoder_arguments
 
 PAIRED = tiny.config(tie_word_embeddings=False, sibling_bias=True)
 PLAIN = tiny.config(tie_word_embeddings=False, pair_indices=())
@@ -97,7 +112,7 @@ def test_incremental_logits_equal_one_forward(visibility):
         ours = decoder(visibility=visibility, align=align)
         layout = ours.layout(FINISHED)
         full = ours.logits(layout)
-        prompt = _prompt(ASKED, [[9] * 3, [9] * 2], align, visibility)
+        prompt = make_prompt(ASKED, [[9] * 3, [9] * 2], align, visibility)
         state, logits = begin(ours._weights, program, prompt, np.uint32(0), BLOCK)
         compared = 0
         for column in range(12):
@@ -120,14 +135,14 @@ def test_incremental_logits_equal_one_forward(visibility):
 
 
 def test_what_a_branch_waits_for_when_siblings_answer_beside_its_prompt():
-    prompt = _prompt(ASKED, [[9] * 3, [9] * 2], "ragged", "columns")
+    prompt = make_prompt(ASKED, [[9] * 3, [9] * 2], "ragged", "columns")
     assert prompt.wait.tolist() == [[2, 0, 1], [0, 4, 0]]
-    assert _prompt(ASKED, [[9] * 3, [9] * 2], "ragged", "isolated").wait.max() == 0
+    assert make_prompt(ASKED, [[9] * 3, [9] * 2], "ragged", "isolated").wait.max() == 0
 
 
 @pytest.mark.parametrize("align", ALIGNMENTS)
 def test_the_first_token_stands_in_the_answer_column(align):
-    prompt = _prompt(ASKED, [[9] * 3, [9] * 2], align, "columns")
+    prompt = make_prompt(ASKED, [[9] * 3, [9] * 2], align, "columns")
     for r, sample in enumerate(ASKED):
         expected = answer_columns(sample, align)
         assert (prompt.first + prompt.wait)[r, : len(expected)].tolist() == expected.tolist()
@@ -213,7 +228,7 @@ def test_decoding_stops_when_all_branches_have_ended(monkeypatch):
         counts.append(int(state.count))
         return state, out
 
-    monkeypatch.setattr(pd_jax.decode, "decode_block", spy)
+    monkeypatch.setattr(pd_jax.decoding.decoder, "decode_block", spy)
     results = alone(eos).generate(ASKED, max_new_tokens=12)
     assert counts == [max(result.columns for result in results)]
     assert counts[0] <= 3
@@ -264,7 +279,7 @@ def test_a_stop_string_ends_a_branch():
 def test_streamed_text_is_the_text(stop):
     tokenizer = tiny.tokenizer()
     said = tokenizer("答案是北京。The tower é 🙂", add_special_tokens=False)["input_ids"]
-    transcript = _Transcript(tokenizer.decode, (0,), len(said), stop)
+    transcript = Transcript(tokenizer.decode, (0,), len(said), stop)
     pieces = []
     for column, token in enumerate(said):
         if transcript.finish_reason is None:
@@ -393,7 +408,7 @@ def test_the_repetition_penalty_sees_a_branch_alone():
     ours = alone()
     asked = SamplingParams(repetition_penalty=50.0)
     program = Program(PLAIN, "isolated", asked.method())
-    rows = _prompt([sample, sample], [[9] * 3] * 2, "ragged", "isolated")
+    rows = make_prompt([sample, sample], [[9] * 3] * 2, "ragged", "isolated")
     state, token = prefill(ours._weights, asked.controls(NEVER, ours._allowed), rows, program=program, room=BLOCK)
     for b, branch in enumerate(sample.branches):
         assert set(np.flatnonzero(state.seen[0, b])) == {*branch.prompt, int(token[0, b])}
@@ -428,7 +443,7 @@ def test_other_text_in_the_same_buckets_compiles_nothing(caplog):
 def test_the_cache_is_predicted_and_stays_in_place():
     ours = alone()
     program, asked = Program(PLAIN, "isolated", Method()), SamplingParams()
-    rows = _prompt(ASKED, [[9] * 3, [9] * 2], "ragged", "isolated")
+    rows = make_prompt(ASKED, [[9] * 3, [9] * 2], "ragged", "isolated")
     arguments = ours._weights, asked.controls(NEVER, ours._allowed)
     state, _ = prefill(*arguments, rows, program=program, room=BLOCK)
     predicted = cache_bytes(PLAIN, 2, 32, 3, BLOCK, "float32")
@@ -447,7 +462,7 @@ def test_the_cache_is_predicted_and_stays_in_place():
 @pytest.mark.parametrize("tokens", [1280, 8704])
 def test_a_call_needs_its_weights_its_cache_and_a_tenth(tokens):
     """Qwen3-0.6B, 16 branches: what XLA reserves for the prefill and for a block of columns."""
-    config, room = model_config("Qwen/Qwen3-0.6B"), BLOCK
+    config, room = known_config("Qwen/Qwen3-0.6B"), BLOCK
     program = Program(config, "columns", Method())
     first, then = decoder_arguments(program, "float32", tokens, 16, room)
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(first[0]))
@@ -488,7 +503,7 @@ def test_a_model_over_eight_devices_says_the_same(tmp_path, monkeypatch):
         heads.update(s.data.shape[0] // 2 for pair in state.cache for array in pair for s in array.addressable_shards)
         return state, out
 
-    monkeypatch.setattr(pd_jax.decode, "decode_block", spy)
+    monkeypatch.setattr(pd_jax.decoding.decoder, "decode_block", spy)
     assert ours.generate(ASKED, max_new_tokens=40) == expected
     assert heads == {1}  # of 8, also after the cache has grown
 
@@ -510,7 +525,7 @@ def test_from_pretrained_and_an_adapter(tmp_path):
     settings = LoraConfig(r=2)
     adapters = lora.init_adapters(config, settings, jax.random.key(6))
     adapters = jax.tree.map(lambda x: jax.random.normal(jax.random.key(7), x.shape) * 0.1, adapters)
-    lora.save_adapter(tmp_path / "adapter", adapters, settings, config, "model")
+    save_adapter(tmp_path / "adapter", adapters, settings, config, "model")
     samples = [Sample("The tower", [" is red", " is long and red"]), Sample("", ["What?"])]
     for adapter, expected in ((None, weights), (tmp_path / "adapter", lora.merge(weights, adapters, settings))):
         loaded = ParallelDecoder.from_pretrained(tmp_path / "model", adapter, local_files_only=True)
@@ -550,7 +565,7 @@ def test_logits_need_no_prompt_array_unless_it_is_looked_at():
     ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(options, message, monkeypatch):
-    monkeypatch.setattr(pd_jax.decode, "prefill", None)
+    monkeypatch.setattr(pd_jax.decoding.decoder, "prefill", None)
     with pytest.raises(ValueError, match=message):
         decoder().generate(ASKED, **options)
 
@@ -566,7 +581,7 @@ def test_bad_arguments_are_refused_before_anything_runs(options, message, monkey
     ],
 )
 def test_bad_samples_are_refused(samples, message, monkeypatch):
-    monkeypatch.setattr(pd_jax.decode, "prefill", None)
+    monkeypatch.setattr(pd_jax.decoding.decoder, "prefill", None)
     with pytest.raises(ValueError, match=message):
         decoder().generate(samples)
 
@@ -579,7 +594,7 @@ def test_unknown_settings_are_refused(setting):
 
 
 def test_a_cache_that_does_not_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(pd_jax.decode, "_free_bytes", lambda device: 1000.0)
+    monkeypatch.setattr(pd_jax.decoding.decoder, "_free_bytes", lambda device: 1000.0)
     with pytest.raises(ValueError, match=r"the cache takes .* GiB, the device has .* GiB left"):
         decoder().generate(ASKED)
 

@@ -16,14 +16,20 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pd_jax.checkpoint import load_config, save_model
 from pd_jax.data.squad import Context, Question
-from pd_jax.evaluate import evaluate, measure
-from pd_jax.flags import EvaluateFlags
-from pd_jax.metrics import answer_of, estimate, leaks, normalize, score, summarize
-from pd_jax.model import init_params
-from pd_jax.report import tables
-from pd_jax.weights import write_params
+from pd_jax.evaluation import EvaluateFlags
+from pd_jax.evaluation.metrics import (
+    answer_of,
+    estimate,
+    leaks,
+    normalize,
+    score,
+    summarize,
+)
+from pd_jax.evaluation.report import tables
+from pd_jax.evaluation.run import evaluate, measure
+from pd_jax.files import load_config, save_model, write_params
+from pd_jax.params import init_params
 
 # The metric -----------------------------------------------------------------------------------------------------------
 
@@ -459,7 +465,7 @@ def test_hf_rows_of_a_columnar_checkpoint_say_what_they_leave_out(models, data, 
 
 def test_one_prompt_with_its_cache_equals_feeding_everything_again(models):
     torch = pytest.importorskip("torch")
-    from pd_jax.baselines import Transformers
+    from pd_jax.evaluation.baselines import Transformers
 
     tokenizer = tiny.tokenizer()
     model = Transformers(models / "hf", tokenizer, EOS, "float32", "cpu")

@@ -10,12 +10,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_checkpoint import convert, make_source, tensors
 
-from pd_jax.checkpoint import load_config, load_params, save_model
 from pd_jax.columns import Coordinates
 from pd_jax.config import LORA_TARGETS, SECTION, LoraConfig
+from pd_jax.files import load_adapter, load_config, load_params, save_adapter, save_model
 from pd_jax.layout import Branch, TokenSample, build_layout
-from pd_jax.lora import adapter_shapes, init_adapters, load_adapter, merge, save_adapter
-from pd_jax.model import forward, init_params, logits
+from pd_jax.lora import adapter_shapes, init_adapters, merge
+from pd_jax.model import forward, logits
+from pd_jax.params import init_params
 
 LAYOUT = build_layout([[TokenSample(list(range(3, 9)), [Branch(list(range(10, 20)))])]])
 CHOICES = [(LORA_TARGETS, False), (("q_proj", "v_proj"), True), (("o_proj", "down_proj"), False)]

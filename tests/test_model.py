@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
 from test_columns import SMALL, WORKED
 
 from pd_jax.columns import Coordinates, column_mask
 from pd_jax.config import VISIBILITIES
 from pd_jax.layout import Branch, TokenSample, build_layout
-from pd_jax.model import Qwen3, forward, init_params, logits, param_shapes
+from pd_jax.model import forward, logits
+from pd_jax.params import init_params, param_shapes, parameter_count
 
 CONFIG = tiny.config()
 
@@ -122,14 +122,11 @@ def test_padding_changes_nothing_and_is_finite():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_nnx_module_holds_the_same_model(tied):
-    config = tiny.config(tie_word_embeddings=tied)
-    model = Qwen3(config, rngs=nnx.Rngs(3))
-    layout = build_layout([[SMALL]])
-    at = Coordinates.of(layout)
-    expected = logits(model.params(), forward(model.params(), config, jnp.asarray(layout.tokens), at))
-    np.testing.assert_allclose(model(jnp.asarray(layout.tokens), at), expected, atol=1e-6)
-    shapes = jax.tree.map(lambda x: x.shape, model.params())
-    assert shapes == param_shapes(config)
-    assert sum(x.size for x in jax.tree.leaves(model.params())) == config.parameters
-    assert set(nnx.state(model)) == set(shapes)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_weights_are_those_of_the_table(tied, bias):
+    config = tiny.config(tie_word_embeddings=tied, sibling_bias=bias)
+    weights = init_params(config, jax.random.key(3))
+    assert jax.tree.map(lambda x: x.shape, weights) == param_shapes(config)
+    assert sum(x.size for x in jax.tree.leaves(weights)) == parameter_count(config)
+    assert ("lm_head" in weights) == (not tied)
+    assert ("sibling_bias" in weights["layers"]) == bias

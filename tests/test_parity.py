@@ -10,9 +10,9 @@ import pytest
 
 from pd_jax import model
 from pd_jax.attention import make_attention
-from pd_jax.checkpoint import load_config, load_params
 from pd_jax.columns import Coordinates, column_mask, inverse_frequencies, rope_tables, rotate
 from pd_jax.config import ModelConfig
+from pd_jax.files import load_config, load_params
 from pd_jax.layout import Branch, TokenSample, build_layout
 
 torch = pytest.importorskip("torch")

@@ -6,16 +6,17 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from pd_jax.flags import PlanFlags
-from pd_jax.loop import BLOCK, cache_bytes
-from pd_jax.plan import (
+from pd_jax.config import known_config
+from pd_jax.decoding.steps import BLOCK, cache_bytes
+from pd_jax.machines import MACHINES
+from pd_jax.params import parameter_count
+from pd_jax.planning import PlanFlags
+from pd_jax.planning.plan import (
     GIB,
-    MACHINES,
     Plan,
     collectives,
     compile_train_step,
     local_bytes,
-    model_config,
     plan_decoding,
     plan_training,
     report,
@@ -80,15 +81,15 @@ def test_unknown_topologies_list_the_known_ones(name):
     ],
 )
 def test_an_absent_compiler_is_named(monkeypatch, name, install):
-    monkeypatch.setattr("pd_jax.plan.find_spec", lambda module: None)
+    monkeypatch.setattr("pd_jax.planning.plan.find_spec", lambda module: None)
     with pytest.raises(ValueError, match=re.escape(f"the compiler for {name} is not installed; pip install {install}")):
         topology(name)
 
 
 def test_unknown_models_list_the_known_ones():
     with pytest.raises(ValueError, match=r"'Qwen/Qwen3-5B' is not known here; .* Qwen/Qwen3-4B, "):
-        model_config("Qwen/Qwen3-5B")
-    assert 4.0e9 < model_config("Qwen/Qwen3-4B").parameters < 4.1e9
+        known_config("Qwen/Qwen3-5B")
+    assert 4.0e9 < parameter_count(known_config("Qwen/Qwen3-4B")) < 4.1e9
 
 
 def test_the_report_says_by_how_much_it_does_not_fit():
@@ -106,13 +107,13 @@ def test_the_report_says_by_how_much_it_does_not_fit():
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_plan_accounts_for_every_array_of_a_step(monkeypatch, lora):
     """On devices that are here: two moments for what is trained, and a peak that has room for all of it."""
-    monkeypatch.setattr("pd_jax.plan.topology", lambda name: (MACHINES["v5e"], jax.devices()[:2]))
+    monkeypatch.setattr("pd_jax.planning.plan.topology", lambda name: (MACHINES["v5e"], jax.devices()[:2]))
     flags = PlanFlags(batch_size=2, branch_count=2, seq_length=8, use_lora=lora, lora_r=2, mesh=(1, 2, 1))
     config = tiny.config()
     plan = plan_training(flags, config)
     compiled, state, frozen = compile_train_step(flags, config, jax.devices()[:2])
     trained = sum(leaf.size for leaf in jax.tree.leaves(state["trained"]))
-    assert trained < config.parameters / 4 if lora else trained == config.parameters
+    assert trained < parameter_count(config) / 4 if lora else trained == parameter_count(config)
     assert plan.held["parameters"] == local_bytes(state["trained"]) + local_bytes(frozen)
     counters = plan.held["optimizer"] - 2 * local_bytes(state["trained"])
     assert 0 <= counters <= 16
@@ -124,7 +125,7 @@ def test_the_plan_accounts_for_every_array_of_a_step(monkeypatch, lora):
 @pytest.mark.slow
 def test_the_plan_of_decoding_splits_weights_and_cache_by_heads(monkeypatch):
     """On devices that are here, two for two kv heads: half of every kernel and of the cache each."""
-    monkeypatch.setattr("pd_jax.plan.topology", lambda name: (MACHINES["v5e"], jax.devices()[:4]))
+    monkeypatch.setattr("pd_jax.planning.plan.topology", lambda name: (MACHINES["v5e"], jax.devices()[:4]))
     config = tiny.config()
     plan = plan_decoding(PlanFlags(branch_count=4, seq_length=16), config)
     assert config.num_key_value_heads == plan.devices == 2
@@ -132,7 +133,7 @@ def test_the_plan_of_decoding_splits_weights_and_cache_by_heads(monkeypatch):
     assert whole.devices == 1
     assert plan.held["cache"] == cache_bytes(config, 1, 64, 4, 4 * BLOCK, jnp.bfloat16) // 2
     norms = config.num_hidden_layers * (2 * config.hidden_size + 2 * config.head_dim) + config.hidden_size
-    assert plan.held["parameters"] == 2 * ((config.parameters - norms) // 2 + norms)
+    assert plan.held["parameters"] == 2 * ((parameter_count(config) - norms) // 2 + norms)
     assert plan.peak >= sum(plan.held.values())
     assert plan.collectives["all-reduce"][0] >= 2 * config.num_hidden_layers  # after o and down, in one column
     assert not whole.collectives

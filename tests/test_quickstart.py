@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pd_jax.evaluation.pictures import draw_layout, draw_losses, draw_mask
 from pd_jax.layout import Branch, TokenSample, build_layout
-from pd_jax.pictures import draw_layout, draw_losses, draw_mask
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "quickstart.py"
 

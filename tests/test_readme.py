@@ -1,6 +1,5 @@
 """The README's commands: every flag exists, and the stages run in the README's order on tiny inputs."""
 
-import importlib
 import os
 import re
 import runpy
@@ -12,12 +11,16 @@ from pathlib import Path
 import pytest
 import tiny
 
+from pd_jax.evaluation import EvaluateFlags
+from pd_jax.planning import PlanFlags
+from pd_jax.training import FinetuneFlags, PretrainFlags
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line]
 STAGES = [shlex.split(line) for line in COMMANDS if line.startswith("python ")]
-FLAGS = {"pretrain": "PretrainFlags", "finetune": "FinetuneFlags", "evaluate": "EvaluateFlags", "plan": "PlanFlags"}
+FLAGS = {"pretrain": PretrainFlags, "finetune": FinetuneFlags, "evaluate": EvaluateFlags, "plan": PlanFlags}
 
 
 def test_the_first_screen_has_exactly_two_commands_that_install():
@@ -32,7 +35,7 @@ def test_every_flag_exists(command):
 
     script, argv = Path(command[1]), command[2:]
     if script.stem in FLAGS:
-        flags = getattr(importlib.import_module("pd_jax.flags"), FLAGS[script.stem])
+        flags = FLAGS[script.stem]
     elif script.stem == "benchmark":
         (flags, _), argv = runpy.run_path(str(ROOT / script))["COMMANDS"][argv[0]], argv[1:]
     else:

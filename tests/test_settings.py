@@ -10,9 +10,9 @@ import pytest
 from runs import finetune_flags, inputs, pretrain_flags
 
 from pd_jax import ParallelDecoder
-from pd_jax.checkpoint import load_config, read_adapter_config
 from pd_jax.config import SECTION
-from pd_jax.train import finetune, prepare, pretrain
+from pd_jax.files import load_config, read_adapter_config
+from pd_jax.training.stages import finetune, prepare, pretrain
 
 ALL = {"mesh": (1, 8, 1), "batch_size": 8}  # every device of the tests
 ISOLATED = {"visibility": "isolated", "align": "ragged"}

@@ -15,21 +15,23 @@ import pytest
 import tiny
 from runs import finetune_flags, inputs, metrics, pretrain_flags
 
-from pd_jax.checkpoint import load_config, load_params, load_tokenizer
 from pd_jax.columns import Coordinates
 from pd_jax.config import LoraConfig
 from pd_jax.data import pipeline, squad
-from pd_jax.flags import PretrainFlags
+from pd_jax.files import load_config, load_params, load_tokenizer
 from pd_jax.layout import Branch, TokenSample, build_layout, fit
 from pd_jax.lora import init_adapters
 from pd_jax.loss import weighted_nll
-from pd_jax.model import forward, head, init_params, logits
-from pd_jax.sharding import SPECS, make_mesh, param_shardings
-from pd_jax.train import _place, abstract_state, finetune, make_optimizer, make_step, pretrain
+from pd_jax.mesh import BATCH_ABT, make_mesh, param_shardings
+from pd_jax.model import forward, head, logits
+from pd_jax.params import init_params
+from pd_jax.training.loop import _place, abstract_state
+from pd_jax.training.stages import finetune, pretrain
+from pd_jax.training.step import Optimisation, StepSettings, make_optimizer, make_step
 
 ROOT = Path(__file__).parents[1]
 CONFIG = tiny.config()
-FLAGS = PretrainFlags(learning_rate=1e-2, lora_dropout=0.0)
+OPTIMISATION = Optimisation(learning_rate=1e-2)
 
 
 def random_rows(rows: int, length: int = 48, seed: int = 0) -> dict[str, np.ndarray]:
@@ -54,7 +56,7 @@ def stacked(rows: dict[str, np.ndarray], accumulation: int) -> dict[str, jax.Arr
 @cache
 def start() -> dict:
     """A fresh training state, as numpy."""
-    optimizer, _ = make_optimizer(FLAGS, 10)
+    optimizer, _ = make_optimizer(OPTIMISATION, 10)
 
     def state() -> dict:
         params = init_params(CONFIG, jax.random.key(0))
@@ -65,8 +67,7 @@ def start() -> dict:
 
 @cache
 def compiled_step(remat: str = "none") -> Callable:
-    flags = dataclasses.replace(FLAGS, remat=remat)
-    step = jax.jit(make_step(flags, CONFIG, None, make_optimizer(FLAGS, 10)[0], jnp.float32)[0])
+    step = jax.jit(make_step(CONFIG, make_optimizer(OPTIMISATION, 10)[0], StepSettings(remat=remat))[0])
 
     def run(rows: dict[str, np.ndarray], accumulation: int = 1) -> tuple[dict, dict]:
         with one_device():
@@ -180,8 +181,8 @@ def test_padding_rows_change_nothing():
 
 def test_only_adapters_are_trained_and_only_they_have_moments():
     lora = LoraConfig(r=2, alpha=4, dropout=0.0, target_modules=("q_proj", "down_proj"))
-    optimizer, _ = make_optimizer(FLAGS, 10)
-    step = jax.jit(make_step(FLAGS, CONFIG, lora, optimizer, jnp.float32)[0])
+    optimizer, _ = make_optimizer(OPTIMISATION, 10)
+    step = jax.jit(make_step(CONFIG, optimizer, StepSettings(), lora)[0])
     adapters = init_adapters(CONFIG, lora, jax.random.key(1))
     state = {"trained": adapters, "opt": optimizer.init(adapters), "step": jnp.int32(0)}
     losses = []
@@ -196,7 +197,7 @@ def test_only_adapters_are_trained_and_only_they_have_moments():
 
 def test_norms_do_not_decay():
     """With a zero gradient only weight decay moves a parameter."""
-    optimizer, _ = make_optimizer(dataclasses.replace(FLAGS, weight_decay=0.1, warmup_ratio=0), 10)
+    optimizer, _ = make_optimizer(dataclasses.replace(OPTIMISATION, weight_decay=0.1, warmup_ratio=0), 10)
 
     @jax.jit
     def unmoved() -> dict:
@@ -210,7 +211,7 @@ def test_norms_do_not_decay():
 
 
 def test_warmup_then_cosine():
-    _, schedule = make_optimizer(dataclasses.replace(FLAGS, learning_rate=1.0, warmup_ratio=0.1), 100)
+    _, schedule = make_optimizer(dataclasses.replace(OPTIMISATION, learning_rate=1.0, warmup_ratio=0.1), 100)
     rates = np.array([schedule(i) for i in range(101)])
     assert (np.diff(rates[:11]) > 0).all()
     assert rates[10] == 1.0
@@ -225,7 +226,7 @@ def run_sharded(mesh_sizes: tuple[int, ...], steps: int, lora: bool = False) -> 
     """Losses of `steps` steps of 8 rows on a mesh, and the last state."""
     devices = jax.devices()[: int(np.prod(mesh_sizes))]
     mesh = make_mesh(*mesh_sizes, devices=devices)
-    optimizer, _ = make_optimizer(FLAGS, steps)
+    optimizer, _ = make_optimizer(OPTIMISATION, steps)
     with jax.set_mesh(mesh):
         shardings = param_shardings(CONFIG, mesh)
         params = jax.device_put(start()["trained"], shardings)
@@ -236,8 +237,8 @@ def run_sharded(mesh_sizes: tuple[int, ...], steps: int, lora: bool = False) -> 
             "opt": jax.jit(optimizer.init, out_shardings=places["opt"])(params),
             "step": jax.device_put(jnp.int32(0), places["step"]),
         }
-        step = jax.jit(make_step(FLAGS, CONFIG, None, optimizer, jnp.float32)[0], out_shardings=(places, None))
-        batch_place = jax.sharding.NamedSharding(mesh, SPECS.batch_abt)
+        step = jax.jit(make_step(CONFIG, optimizer, StepSettings())[0], out_shardings=(places, None))
+        batch_place = jax.sharding.NamedSharding(mesh, BATCH_ABT)
         losses = []
         for i in range(steps):
             state, metrics = step(state, {}, jax.device_put(stacked(random_rows(8, seed=i), 1), batch_place))
@@ -343,7 +344,7 @@ def test_every_micro_batch_is_the_same_for_any_number_of_processes(monkeypatch, 
     """What two processes read stands where one process puts it: dropout does not depend on their number."""
     samples = [TokenSample([i, i], [Branch([7], [8], 9)]) for i in range(16)]
     mesh = make_mesh(1, 2, 1, devices=jax.devices()[:2])
-    place = partial(_place, jax.sharding.NamedSharding(mesh, SPECS.batch_abt), accumulation)
+    place = partial(_place, jax.sharding.NamedSharding(mesh, BATCH_ABT), accumulation)
 
     def batches(process: int, processes: int) -> list[dict]:
         share = grain.sharding.ShardOptions(process, processes)
@@ -417,7 +418,7 @@ def test_contexts_that_do_not_fit(tmp_path):
 def test_what_does_not_fit_is_counted(tmp_path, monkeypatch, capsys):
     """Backgrounds are shortened first, then samples dropped; no question and no answer is cut."""
     taken = {}
-    monkeypatch.setattr("pd_jax.train.train", lambda flags, start, data, *_: taken.update(next(data)))
+    monkeypatch.setattr("pd_jax.training.stages.train", lambda flags, start, data, *_: taken.update(next(data)))
     finetune(finetune_flags(tmp_path / "out", max_length=112, batch_size=8, max_branches=4, mesh=(1, 8, 1)))
     said = capsys.readouterr().out.replace("\n", " ")
     assert re.search(r"contexts, \d+ questions; [1-9]\d* backgrounds shortened and [1-9]\d* contexts dropped", said)

@@ -12,10 +12,11 @@ from jax.sharding import PartitionSpec as P
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from pd_jax import weights
 from pd_jax.config import ModelConfig
-from pd_jax.model import param_shapes
-from pd_jax.weights import key_table, parse_size, read_header, read_params, write_params
+from pd_jax.files import key_table, parse_size, write_params
+from pd_jax.files import safetensors as weights
+from pd_jax.files.safetensors import read_header, read_params
+from pd_jax.params import param_shapes
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -23,47 +23,33 @@ from jax.sharding import PartitionSpec as P
 
 from pd_jax.columns import Coordinates
 from pd_jax.config import LoraConfig, ModelConfig
+from pd_jax.decoding import SamplingParams
+from pd_jax.decoding.prompts import Prompt
+from pd_jax.decoding.sampling import Method
+from pd_jax.decoding.steps import (
+    BLOCK,
+    Program,
+    decode_block,
+    prefill,
+    unstack,
+)
 from pd_jax.errors import InputError
-from pd_jax.flags import PlanFlags, PretrainFlags
 from pd_jax.layout import Layout
-from pd_jax.loop import BLOCK, Program, Prompt, decode_block, prefill, unstack
 from pd_jax.lora import adapter_shapes
-from pd_jax.model import init_params
-from pd_jax.monitor import flops_per_token
-from pd_jax.sampling import Method, SamplingParams
-from pd_jax.sharding import SPECS, check_batch, check_model, make_mesh, param_shardings
-from pd_jax.train import abstract_state, make_optimizer, make_step, placed
-
-# layers, hidden, mlp, heads, kv heads, tied: from the models' config.json; head_dim 128, vocabulary 151,936, theta 1e6.
-QWEN3 = {
-    "Qwen/Qwen3-0.6B": (28, 1024, 3072, 16, 8, True),
-    "Qwen/Qwen3-1.7B": (28, 2048, 6144, 16, 8, True),
-    "Qwen/Qwen3-4B": (36, 2560, 9728, 32, 8, True),
-    "Qwen/Qwen3-8B": (36, 4096, 12288, 32, 8, False),
-    "Qwen/Qwen3-14B": (40, 5120, 17408, 40, 8, False),
-    "Qwen/Qwen3-32B": (64, 5120, 25600, 64, 8, False),
-}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """One device, from its data sheet: memory in bytes, the others in units per second. `link` is what one device sends
-    to the others of its slice or node."""
-
-    platform: str
-    memory: float
-    bandwidth: float
-    flops: float
-    link: float
-
-
-GIB = 2**30
-MACHINES = {
-    "v5e": Machine("tpu", 16 * GIB, 819e9, 197e12, 200e9),
-    "v5p": Machine("tpu", 95 * GIB, 2765e9, 459e12, 600e9),
-    "v6e": Machine("tpu", 32 * GIB, 1640e9, 918e12, 448e9),
-    "h100": Machine("cuda", 84978434048, 3352e9, 989e12, 450e9),
-}
+from pd_jax.machines import GIB, MACHINES, Machine
+from pd_jax.mesh import (
+    BATCH_ABT,
+    CACHE_KS_C_H,
+    check_batch,
+    check_model,
+    decoding_shardings,
+    make_mesh,
+    param_shardings,
+)
+from pd_jax.params import init_params, parameter_count, training_flops
+from pd_jax.planning.flags import PlanFlags
+from pd_jax.training.loop import abstract_state, placed
+from pd_jax.training.step import Optimisation, StepSettings, make_optimizer, make_step
 
 # How XLA describes an H100 SXM to itself (stream_executor's GpuTargetConfigProto).
 H100_TARGET = """\
@@ -93,14 +79,6 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def model_config(name: str) -> ModelConfig:
-    """The shape of a Qwen3 by its hub id; no download."""
-    if name not in QWEN3:
-        raise InputError(f"model {name!r} is not known here; give a directory, or one of {', '.join(QWEN3)}")
-    layers, hidden, mlp, heads, kv_heads, tied = QWEN3[name]
-    return ModelConfig(151936, hidden, mlp, layers, heads, kv_heads, 128, 1e6, tie_word_embeddings=tied)
-
-
 def topology(name: str) -> tuple[Machine, list[Any]]:
     """The machine and the devices of `name`, e.g. "v5e:4x4" or "h100:8", none of which need exist.
 
@@ -108,17 +86,22 @@ def topology(name: str) -> tuple[Machine, list[Any]]:
     """
     kind, _, shape = name.partition(":")
     unknown = f"topology {name!r} is not known; give one like v5e:4x4, v5p:2x2x1, v6e:4x4 or h100:1 to h100:8"
-    if kind not in MACHINES or not re.fullmatch(r"[1-8]" if kind == "h100" else r"\d+(x\d+)*", shape):
+    if (
+        kind not in MACHINES
+        or not MACHINES[kind].memory
+        or not re.fullmatch(r"[1-8]" if kind == "h100" else r"\d+(x\d+)*", shape)
+    ):
         raise InputError(unknown)
     machine, version = MACHINES[kind], jax.__version__
+    platform = "tpu" if kind.startswith("v") else "cuda"
     module, install = {
         "tpu": ("libtpu", f"'jax[tpu]=={version}'"),
         "cuda": ("jax_cuda13_plugin", f"jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"),
-    }[machine.platform]
+    }[platform]
     if find_spec(module) is None:
         raise InputError(f"the compiler for {name} is not installed; pip install {install}")
     try:
-        if machine.platform == "tpu":
+        if platform == "tpu":
             description = topologies.get_topology_desc(platform="tpu", topology_name=name)
         else:
             description = topologies.get_topology_desc(
@@ -134,12 +117,10 @@ def compile_train_step(flags: PlanFlags, config: ModelConfig, devices: list[Any]
     mesh = make_mesh(*flags.mesh, devices=devices)
     check_model(config, mesh)
     check_batch(flags.batch_size, mesh)
-    shared = {f.name for f in dataclasses.fields(PretrainFlags)} & {f.name for f in dataclasses.fields(PlanFlags)}
-    run = PretrainFlags(**{name: getattr(flags, name) for name in shared})
-    if devices[0].platform == "gpu" and flags.attention == "auto":
-        run = dataclasses.replace(run, attention="chunked")  # NVIDIA's kernels cannot be traced without their GPU
+    # NVIDIA's kernels cannot be traced without their GPU.
+    traced = "chunked" if devices[0].platform == "gpu" and flags.attention == "auto" else flags.attention
     lora = LoraConfig(flags.lora_r) if flags.use_lora else None
-    optimizer, _ = make_optimizer(run, 1000)
+    optimizer, _ = make_optimizer(Optimisation(), 1000)
     here, shardings = NamedSharding(mesh, P()), param_shardings(config, mesh)
     weights = jax.eval_shape(partial(init_params, config), jax.random.key(0))
 
@@ -154,13 +135,13 @@ def compile_train_step(flags: PlanFlags, config: ModelConfig, devices: list[Any]
         )
         state = abstract_state(adapters, jax.tree.map(lambda _: here, adapters), optimizer, mesh)
     shape = (flags.gradient_accumulation_steps, flags.batch_size, flags.branch_count * flags.seq_length)
-    rows = NamedSharding(mesh, SPECS.batch_abt)
+    rows = NamedSharding(mesh, BATCH_ABT)
     kinds = {"valid": bool, "prompt": bool, "weights": np.float32}
     batch = {
         f.name: jax.ShapeDtypeStruct(shape, kinds.get(f.name, np.int32), sharding=rows)
         for f in dataclasses.fields(Layout)
     }
-    step, _ = make_step(run, config, lora, optimizer, jnp.bfloat16)
+    step, _ = make_step(config, optimizer, StepSettings(jnp.bfloat16, flags.remat, traced), lora)
     places = jax.tree.map(lambda x: x.sharding, state)
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
@@ -192,17 +173,12 @@ def compile_decoder(flags: PlanFlags, config: ModelConfig, devices: list[Any]) -
     program = Program(config, "columns", Method())
     _, arrays = decoder_arguments(program, "bfloat16", length, branches, 4 * BLOCK)
 
-    # As `unstack` leaves them: kernels are [out, in], and either side is split.
-    specs = {"embed": SPECS.embed_vd, "lm_head": SPECS.lm_head_vd, "cache": P("tensor", None, None)}
-    specs |= dict.fromkeys(("q", "k", "v", "gate", "up"), P("tensor", None))
-    specs |= dict.fromkeys(("o", "down"), P(None, "tensor"))
-
-    def place(path: tuple, x: Any) -> jax.ShapeDtypeStruct:
-        names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-        spec = next((specs[name] for name in names if name in specs), P())
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-    weights, controls, state, ended, until = jax.tree_util.tree_map_with_path(place, arrays)
+    weights, controls, state, ended, until = arrays
+    here = NamedSharding(mesh, P())
+    weights = placed(weights, decoding_shardings(config, mesh))
+    cache = jax.tree.map(lambda _: NamedSharding(mesh, CACHE_KS_C_H), state.cache)
+    state = placed(state, dataclasses.replace(jax.tree.map(lambda _: here, state), cache=cache))
+    controls, ended, until = (placed(x, jax.tree.map(lambda _: here, x)) for x in (controls, ended, until))
     with jax.set_mesh(mesh):
         compiled = decode_block.lower(weights, controls, state, ended, until, program=program).compile()
     return compiled, weights, state.cache
@@ -327,7 +303,7 @@ def plan_training(flags: PlanFlags, config: ModelConfig) -> Plan:
     again = {"none": 0.0, "dots": 0.0, "full": 2.0 / (4 if lora else 6)}[flags.remat]
     # Every micro-batch reads the bfloat16 weights forward, backward (and once more where layers are recomputed).
     ways = make_mesh(*flags.mesh, devices=devices).shape["tensor"]
-    kernels = 2 * config.parameters / ways * (3 if flags.remat == "full" else 2)
+    kernels = 2 * parameter_count(config) / ways * (3 if flags.remat == "full" else 2)
     return Plan(
         machine=machine,
         devices=len(devices),
@@ -339,7 +315,7 @@ def plan_training(flags: PlanFlags, config: ModelConfig) -> Plan:
             "temporaries": memory.temp_size_in_bytes,
         },
         peak=peak_bytes(memory),
-        flops=flops_per_token(config, lora, length) * (1 + again) * tokens / len(devices),
+        flops=training_flops(config, length, lora is not None) * (1 + again) * tokens / len(devices),
         traffic=2 * (local_bytes(state) + memory.temp_size_in_bytes) + flags.gradient_accumulation_steps * kernels,
         collectives=collectives(compiled.as_text()),
     )

@@ -1,11 +1,9 @@
-"""The mesh and where every array lives on it: one frozen table of layout-named PartitionSpecs.
+"""The mesh of devices, and where every array lives on it.
 
 Axes: `data` (batch only), `fsdp` (batch, and every weight's hidden dimension), `tensor` (heads, mlp, vocabulary).
 On one device every spec means "here"; nothing else in the code knows how many devices there are.
 """
 
-import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,44 +13,32 @@ from jax.sharding import PartitionSpec as P
 
 from pd_jax.config import ModelConfig
 from pd_jax.errors import InputError
-from pd_jax.model import Params, param_shapes
+from pd_jax.params import SIZES, SPLIT, Params, tree_of
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")
+ROWS = ("data", "fsdp")  # the axes that rows are split over
+
+# Field names of a spec spell the layout: A accumulation steps, B batch, T tokens, D hidden, S samples, C cache slots.
+ACTIVATIONS_BTD = P(ROWS, None, None)
+BATCH_ABT = P(None, ROWS, None)
+CACHE_KS_C_H = P("tensor", None, None)  # [K*S, C, H]
 
 
-@dataclass(frozen=True)
-class Specs:
-    """Field names spell the layout: L layers, D hidden, N heads, K kv heads, H head_dim, F mlp, V vocab, A accumulation
-    steps, B batch, T tokens."""
+def compile_target() -> tuple[str, str]:
+    """Platform ("cpu", "gpu" or "tpu") and kind of the device that is compiled for: that of `jax.set_mesh`, else the
+    default device.
 
-    embed_vd: P = P("tensor", "fsdp")
-    lm_head_vd: P = P("tensor", "fsdp")
-    norm_d: P = P()
-    attn_norm_ld: P = P()
-    mlp_norm_ld: P = P()
-    q_norm_lh: P = P()
-    k_norm_lh: P = P()
-    sibling_bias_ln: P = P()
-    q_ldnh: P = P(None, "fsdp", "tensor", None)
-    k_ldkh: P = P(None, "fsdp", "tensor", None)
-    v_ldkh: P = P(None, "fsdp", "tensor", None)
-    o_lnhd: P = P(None, "tensor", None, "fsdp")
-    gate_ldf: P = P(None, "fsdp", "tensor")
-    up_ldf: P = P(None, "fsdp", "tensor")
-    down_lfd: P = P(None, "tensor", "fsdp")
-    act_btd: P = P(BATCH, None, None)
-    batch_abt: P = P(None, BATCH, None)
-
-
-SPECS = Specs()
-_BY_NAME = {f.name.rsplit("_", 1)[0]: getattr(SPECS, f.name) for f in dataclasses.fields(SPECS)}
+    An ahead-of-time compile has a mesh of devices that this machine need not have.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    platform = device.platform or jax.default_backend()
+    return "gpu" if platform == "cuda" else platform, device.device_kind
 
 
 def make_mesh(*axes: int, devices: Any = None) -> Mesh:
     """A mesh over all devices, of the sizes of `AXES`; one axis may be -1 and takes what the others leave.
 
-    Raises `ValueError` when there are not three, or when they do not multiply to the number of devices.
+    Raises `InputError` when there are not three, or when they do not multiply to the number of devices.
     """
     if len(axes) != len(AXES):
         raise InputError(f"mesh {' '.join(map(str, axes))} has {len(axes)} sizes; give {', '.join(AXES)}")
@@ -71,22 +57,18 @@ def make_mesh(*axes: int, devices: Any = None) -> Mesh:
 
 
 def check_model(config: ModelConfig, mesh: Mesh) -> None:
-    """Raise `ValueError` for a model that does not divide over the mesh, naming every dimension that does not."""
-    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
-    sizes = {
-        "num_attention_heads": (config.num_attention_heads, "tensor", tensor),
-        "num_key_value_heads": (config.num_key_value_heads, "tensor", tensor),
-        "intermediate_size": (config.intermediate_size, "tensor", tensor),
-        "vocab_size": (config.vocab_size, "tensor", tensor),
-        "hidden_size": (config.hidden_size, "fsdp", fsdp),
-    }
-    wrong = [f"{name} {size} by {axis} {n}" for name, (size, axis, n) in sizes.items() if size % n]
+    """Raise `InputError` for a model that does not divide over the mesh, naming every dimension that does not."""
+    wrong = [
+        f"{SIZES[letter]} {size} by {axis} {mesh.shape[axis]}"
+        for letter, axis in SPLIT.items()
+        if (size := getattr(config, SIZES[letter])) % mesh.shape[axis]
+    ]
     if wrong:
         raise InputError(f"the mesh does not divide the model: {'; '.join(wrong)}; choose other --mesh sizes")
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raise `ValueError` when the rows of a micro-batch do not divide over the batch axes, or those over processes."""
+    """Raise `InputError` when the rows of a micro-batch do not divide over the batch axes, or those over processes."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % ways:
         raise InputError(
@@ -102,9 +84,11 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
-    """A tree like the parameters, of `NamedSharding`s."""
+    """A tree like the parameters of training, of `NamedSharding`s."""
+    return tree_of(config, lambda weight: NamedSharding(mesh, weight.spec()))
 
-    def place(path: tuple, _: tuple[int, ...]) -> NamedSharding:
-        return NamedSharding(mesh, _BY_NAME[path[-1].key])
 
-    return jax.tree_util.tree_map_with_path(place, param_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+def decoding_shardings(config: ModelConfig, mesh: Mesh) -> Params:
+    """A tree like the weights of decoding (`pd_jax.decoding.unstack`: a list of layers), of `NamedSharding`s."""
+    tree = tree_of(config, lambda weight: NamedSharding(mesh, weight.decoding_spec()))
+    return tree | {"layers": [tree["layers"]] * config.num_hidden_layers}

@@ -1,15 +1,7 @@
-"""Column attention: one entry, `make_attention`, over backends that all equal `dense`.
-
-dense     the reference: an explicit mask, float32 softmax
-chunked   linear memory on any platform (`pd_jax.chunked`)
-splash    TPU: jax's splash kernel, the mask computed inside it (`pd_jax.splash`)
-tokamax   Hopper and Blackwell: tokamax's Mosaic kernel (`pd_jax.gpu`; needs the package tokamax)
-cudnn     other NVIDIA GPUs: cuDNN's flash attention (`pd_jax.gpu`)
-"""
+"""Choosing an attention backend: one entry, `make_attention`, over backends that all equal `dense`."""
 
 import functools
 import logging
-import math
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,15 +12,16 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from pd_jax import chunked, gpu, splash
+from pd_jax.attention import chunked, nvidia, splash
+from pd_jax.attention.dense import dense_attention
 from pd_jax.columns import Coordinates, column_mask, sibling_mask
-from pd_jax.config import VISIBILITIES, Visibility, check_choice
+from pd_jax.config import BACKENDS, VISIBILITIES, Backend, Visibility, check_choice
 from pd_jax.errors import InputError
+from pd_jax.mesh import compile_target
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "dense", "chunked", "splash", "tokamax", "cudnn")
-FLASH = {"splash": splash.splash_attention, "tokamax": gpu.tokamax_attention, "cudnn": gpu.cudnn_attention}
+FLASH = {"splash": splash.splash_attention, "tokamax": nvidia.tokamax_attention, "cudnn": nvidia.cudnn_attention}
 TILE = 512  # tokens of a tile of `chunked`
 CPU_TILE, CPU_LONG_TILE = 128, 256  # float32 scores that stay in the cache; XLA:CPU leaves products of 128 to one core
 
@@ -50,32 +43,6 @@ class Call:
     head_dim: int
     dtype: Any
     sibling_bias: bool
-
-
-def dense_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | None = None) -> Array:
-    """Grouped-query attention with an explicit mask [B, T, S] and an additive bias [B, N, T, S]; float32 softmax.
-
-    q [B, T, N, H], k and v [B, S, K, H] with N a multiple of K -> [B, T, N, H].
-    """
-    b, t, n, h = q.shape
-    groups = q.reshape(b, t, k.shape[2], -1, h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", groups, k, preferred_element_type=jnp.float32) / math.sqrt(h)
-    if bias is not None:
-        scores += bias.reshape(b, k.shape[2], -1, t, k.shape[1])
-    # finfo.min and not -inf: a row with nothing to see must not become NaN.
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, h)
-
-
-def target() -> tuple[str, str]:
-    """Platform and kind of the device that is compiled for: that of `jax.set_mesh`, else the default device.
-
-    An ahead-of-time compile has a mesh of devices that this machine need not have.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    platform = device.platform or jax.default_backend()
-    return "gpu" if platform == "cuda" else platform, device.device_kind
 
 
 def refusal(backend: str, call: Call) -> str | None:
@@ -151,7 +118,9 @@ def per_device(attend, q: Array, k: Array, v: Array, mask: Any) -> Array:
     return sharded(q, k, v, mask)
 
 
-def make_attention(coordinates: Coordinates, visibility: Visibility = "columns", backend: str = "auto") -> Attention:
+def make_attention(
+    coordinates: Coordinates, visibility: Visibility = "columns", backend: Backend = "auto"
+) -> Attention:
     """Self-attention over laid-out rows with `coordinates` [B, T]; the mask is computed once for all layers.
 
     `auto` takes the platform's kernel where it can serve, else `chunked`, or `dense` for a row of one tile. Raises
@@ -159,9 +128,8 @@ def make_attention(coordinates: Coordinates, visibility: Visibility = "columns",
     any order; the kernels need the column-major order of `pd_jax.layout` and give NaN without it.
     """
     check_choice("visibility", visibility, VISIBILITIES)
-    if backend not in BACKENDS:
-        raise InputError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    platform, device_kind = target()
+    check_choice("attention backend", backend, BACKENDS)
+    platform, device_kind = compile_target()
     tokens = coordinates.column.shape[-1]
     tile = TILE if platform != "cpu" else CPU_TILE if tokens < 1024 else CPU_LONG_TILE
     fallback = "dense" if tokens <= tile else "chunked"
@@ -177,7 +145,7 @@ def make_attention(coordinates: Coordinates, visibility: Visibility = "columns",
     if "splash" in names and tokens % splash.LANES == 0:
         masks["splash"] = splash.make_mask(coordinates)
     if "tokamax" in names or "cudnn" in names:
-        masks["tokamax"] = masks["cudnn"] = gpu.make_mask(coordinates, visibility)
+        masks["tokamax"] = masks["cudnn"] = nvidia.make_mask(coordinates, visibility)
 
     def attend(q: Array, k: Array, v: Array, sibling_bias: Array | None = None) -> Array:
         call = Call(platform, device_kind, visibility, tokens, q.shape[-1], q.dtype, sibling_bias is not None)

@@ -22,14 +22,29 @@ from typing import Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from pd_jax.baselines import Decoded
 from pd_jax.config import SECTION, read_config_json
 from pd_jax.data.squad import Context, load_squad, select, to_tokens
 from pd_jax.errors import InputError
-from pd_jax.flags import EvaluateFlags
-from pd_jax.metrics import answer_of, leaks, score, summarize
-from pd_jax.report import print_table, write_report
-from pd_jax.rows import HF_ROWS, SERIAL_ROWS, Row, choose_rows, decoded_as, find_sources, loader, torch_device, way
+from pd_jax.evaluation.baselines import Decoded
+from pd_jax.evaluation.flags import EvaluateFlags
+from pd_jax.evaluation.metrics import (
+    answer_of,
+    leaks,
+    score,
+    summarize,
+)
+from pd_jax.evaluation.report import print_table, write_report
+from pd_jax.evaluation.ways import (
+    HF_ROWS,
+    SERIAL_ROWS,
+    Row,
+    choose_rows,
+    decoded_as,
+    find_sources,
+    loader,
+    torch_device,
+    way,
+)
 
 # Measuring ------------------------------------------------------------------------------------------------------------
 
@@ -239,7 +254,7 @@ def _describe(context: Context, metric: str) -> dict[str, Any]:
 
 def _prepare(flags: EvaluateFlags) -> tuple[list[str], list[str], dict[str, Any], Any, tuple[int, ...], int]:
     """Row names, notes, the source of every row; what all share: tokenizer, end-of-sequence set, and most columns."""
-    from pd_jax.checkpoint import load_config, load_eos_ids, load_tokenizer
+    from pd_jax.files import load_config, load_eos_ids, load_tokenizer
 
     names, notes = choose_rows(flags)
     sources = find_sources(names, flags)

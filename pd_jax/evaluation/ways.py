@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pd_jax.baselines import Decoded, Transformers, check_weights
 from pd_jax.config import Align, Visibility
 from pd_jax.data.squad import Context, to_tokens
 from pd_jax.errors import InputError
-from pd_jax.flags import EvaluateFlags
+from pd_jax.evaluation.baselines import Decoded, Transformers, check_weights
+from pd_jax.evaluation.flags import EvaluateFlags
 from pd_jax.layout import Branch, TokenSample
 
 HF_ROWS = ("hf-sequential", "hf-batched", "hf-one-prompt")
@@ -124,14 +124,14 @@ class Source:
     adapter: Path | None = None
 
     def fingerprint(self) -> list[str]:
-        from pd_jax.checkpoint import fingerprint
+        from pd_jax.files import fingerprint
 
         return [fingerprint(path) for path in (self.model, self.adapter) if path is not None]
 
 
 def find_sources(names: Sequence[str], flags: EvaluateFlags) -> dict[str, Source]:
     """The source of every row, found and checked before anything is loaded."""
-    from pd_jax.checkpoint import find_model
+    from pd_jax.files import find_model
 
     def source(path: str) -> Source:
         directory = find_model(path, flags.local_files_only)
@@ -162,7 +162,7 @@ def loader(flags: EvaluateFlags, tokenizer: Any, eos_ids: Sequence[int]) -> Call
     held: dict[Any, Any] = {}
 
     def decoder(source: Source) -> Any:
-        from pd_jax.decode import ParallelDecoder
+        from pd_jax.decoding import ParallelDecoder
 
         made = ParallelDecoder.from_pretrained(
             source.model, source.adapter, flags.dtype, pair_indices=flags.pair_indices, local_files_only=True

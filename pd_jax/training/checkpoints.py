@@ -1,14 +1,9 @@
-"""Surviving: run.json, training checkpoints (orbax), signals, and several processes."""
+"""What a run leaves in its output directory to go on from: run.json and the training checkpoints (orbax)."""
 
 import dataclasses
 import json
 import logging
-import os
 import shutil
-import signal
-from collections.abc import Generator
-from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +11,17 @@ import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from pd_jax.checkpoint import root_cause
 from pd_jax.errors import InputError
-from pd_jax.flags import TrainFlags
-from pd_jax.model import Params
-from pd_jax.monitor import say
+from pd_jax.files import root_cause
+from pd_jax.params import Params
+from pd_jax.training.flags import TrainFlags
+from pd_jax.training.monitor import say
 
 # Flags that may differ when a run is resumed: they do not change what is learned.
 FREE_ON_RESUME = {
     "logging_steps", "save_steps", "eval_steps", "keep", "mesh", "attention", "local_files_only", "output_dir",
     "profile", "workers", "coordinator_address", "num_processes", "process_id",
 }  # fmt: skip
-
-
-def start_processes(flags: TrainFlags) -> None:
-    """Join the other processes, if there are any: as the flags say, or as found out on a TPU pod or under SLURM.
-
-    Must come before anything else of jax. Raises `ValueError` when only some of the three flags are given.
-    """
-    given = (flags.coordinator_address, flags.num_processes, flags.process_id)
-    if any(value is not None for value in given):
-        if None in given:
-            raise InputError(
-                f"--coordinator-address {given[0]} --num-processes {given[1]} --process-id {given[2]}: give all three"
-            )
-        if not jax.distributed.is_initialized():
-            jax.distributed.initialize(*given)
-        return
-    slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))) > 1
-    if (slurm or on_tpu_vm()) and not jax.distributed.is_initialized():
-        jax.distributed.initialize()  # a TPU VM asks Google's metadata server or TPU_WORKER_HOSTNAMES for its slice
-
-
-def on_tpu_vm(devices: Path = Path("/dev")) -> bool:
-    """Whether this host has TPU chips and their runtime. To ask jax would start it, too early for other processes."""
-    chips = any(devices.glob("accel[0-9]*")) or any(devices.glob("vfio/[0-9]*"))
-    return chips and find_spec("libtpu") is not None and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
 
 
 # ---------------------------------------------------------------- the output directory
@@ -173,40 +143,3 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         return [int(checkpoint.step) for checkpoint in self.orbax.checkpoints]
-
-
-# ---------------------------------------------------------------- signals
-
-
-class StopSignal:
-    """Whether SIGTERM or SIGINT has asked the run to stop; a second signal stops at once.
-
-    With several processes jax agrees on the step at which all of them stop (its own handler takes the SIGTERM).
-    """
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-
-    def __call__(self, number: int, frame: Any) -> None:
-        if self.name:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-
-    def hit(self, step: int) -> bool:
-        if jax.process_count() == 1:
-            return self.name is not None
-        if multihost_utils.reached_preemption_sync_point(step):
-            self.name = "SIGTERM"
-        return self.name is not None
-
-
-@contextmanager
-def stop_signal() -> Generator[StopSignal]:
-    stop = StopSignal()
-    numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-    before = [signal.signal(number, stop) for number in numbers]
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

@@ -12,14 +12,14 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
-from pd_jax.attention import make_attention, target
+from pd_jax.attention import make_attention
 from pd_jax.columns import (
     Coordinates,
     column_mask,
@@ -27,8 +27,12 @@ from pd_jax.columns import (
     sibling_mask,
 )
 from pd_jax.config import ModelConfig, Visibility
-from pd_jax.model import PROJECTIONS, Params, block, contraction, head, rms_norm
-from pd_jax.sampling import Controls, Method, distribution, draw
+from pd_jax.cpu import attend_from_the_left, on_cpu, times
+from pd_jax.decoding.prompts import Prompt
+from pd_jax.decoding.sampling import Controls, Method, distribution, draw
+from pd_jax.mesh import CACHE_KS_C_H
+from pd_jax.model import block, head, rms_norm
+from pd_jax.params import PROJECTIONS, Params
 
 BLOCK = 32  # columns between two looks of the host, and the smallest room for answers in a cache
 
@@ -42,26 +46,7 @@ class Program:
     method: Method
 
 
-class Prompt(NamedTuple):
-    """Prompts on rows: tokens int32 [S, T], their coordinates, and per branch [S, n] what follows.
-
-    last: the place of the branch's last token in its row. first: the column after that. given int32 [S, n, W]: prompt
-    tokens that are not in the row, because siblings answer in their columns; wait: how many. limit: of tokens, given
-    and answered, 0 where there is no branch. stream uint32: beside the seed, what random numbers depend on.
-    """
-
-    tokens: Any
-    coordinates: Coordinates
-    last: Any
-    first: Any
-    given: Any
-    wait: Any
-    limit: Any
-    stream: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@struct.dataclass
 class State:
     """Decoding between two columns.
 
@@ -92,8 +77,7 @@ class State:
 def _layers_of(stack: Array, name: str, dtype: str) -> list[Array]:
     """The weights [L, ...] of one kind as a list of L, projections as matrices [out, in]."""
     if name in PROJECTIONS:
-        summed, _ = contraction(name)
-        inputs = math.prod(stack.shape[1 : 1 + len(summed)])
+        inputs = math.prod(stack.shape[1 : 1 + len(PROJECTIONS[name].summed)])
         stack = stack.reshape(stack.shape[0], inputs, -1).swapaxes(1, 2)
     return [weight.astype(dtype) for weight in stack]
 
@@ -111,28 +95,15 @@ def unstack(params: Params, dtype: str = "float32") -> Params:
     return {name: jnp.asarray(weight, dtype) for name, weight in params.items()} | {"layers": layers}
 
 
-def _times(x: Array, matrix: Array, dtype: Any = None) -> Array:
-    """x [S, n, I] and a matrix [O, I] of `unstack` -> [S, n, O], in x's dtype or the one asked for.
-
-    On a CPU the matrix stands on the left, and the result is turned back outside of the product: XLA:CPU multiplies
-    x [4 to 16, I] from the left at half the speed, and would put it there again.
-    """
-    if target()[0] != "cpu":
-        return jnp.einsum("sni,oi->sno", x, matrix, preferred_element_type=dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    y = jax.lax.optimization_barrier(jnp.einsum("oi,ni->on", matrix, rows, preferred_element_type=dtype))
-    return y.T.reshape(*x.shape[:2], -1)
-
-
 def _linear(x: Array, name: str, layer: Params, head_dim: int) -> Array:
     """`model.project` with a matrix of `unstack`."""
-    y = _times(x.reshape(*x.shape[:2], -1), layer[name])
+    y = times(x.reshape(*x.shape[:2], -1), layer[name])
     return y.reshape(*y.shape[:2], -1, head_dim) if name in ("q", "k", "v") else y
 
 
 def _logits(weights: Params, hidden: Array) -> Array:
     """float32 [S, n, V] from hidden states [S, n, D]."""
-    return _times(hidden, head(weights).astype(hidden.dtype), jnp.float32)
+    return times(hidden, head(weights).astype(hidden.dtype), jnp.float32)
 
 
 # --- one forward: of whole rows, of one column
@@ -149,7 +120,7 @@ def _placed(cache: Array) -> Array:
     """[K*S, C, H] split over the kv heads, where there is a mesh (`jax.set_mesh`)."""
     if jax.sharding.get_abstract_mesh().empty:
         return cache
-    return jax.lax.with_sharding_constraint(cache, P("tensor", None, None))
+    return jax.lax.with_sharding_constraint(cache, CACHE_KS_C_H)
 
 
 def cached_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | None = None) -> Array:
@@ -159,30 +130,21 @@ def cached_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | No
     """
     s, n, _, h = q.shape
     heads, slots = k.shape[0] // s, k.shape[1]
-    rows = q.reshape(s, n, heads, -1, h).transpose(2, 0, 1, 3, 4).reshape(heads * s, -1, h)  # [K*S, n*G, H]
-    # As in `_times`: XLA:CPU multiplies 8 to 64 rows faster with the cache on the left. Few make its inner loops short.
-    turned = target()[0] == "cpu" and 8 <= rows.shape[1] <= 64
-
-    def as_scores(array: Array) -> Array:
-        """[K, S, n, G, C] in the scores' order."""
-        return jnp.moveaxis(array, 4, 2) if turned else array
-
-    if turned:
-        scores = jnp.einsum("bch,brh->bcr", k, rows, preferred_element_type=jnp.float32)
-        scores = jax.lax.optimization_barrier(scores).reshape(heads, s, slots, n, -1)
-    else:
-        scores = jnp.einsum("brh,bch->brc", rows, k, preferred_element_type=jnp.float32)
-        scores = scores.reshape(heads, s, n, -1, slots)
-    scores /= math.sqrt(h)
+    folded = q.reshape(s, n, heads, -1, h).transpose(2, 0, 1, 3, 4)  # [K, S, n, G, H]
     if bias is not None:
-        scores += as_scores(bias.reshape(s, heads, -1, n, slots).transpose(1, 0, 3, 2, 4))
-    scores = jnp.where(as_scores(mask[None, :, :, None]), scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=2 if turned else 4).astype(v.dtype)
-    if turned:
-        out = jnp.einsum("bcr,bch->brh", weights.reshape(heads * s, slots, -1), v)
+        bias = bias.reshape(s, heads, -1, n, slots).transpose(1, 0, 3, 2, 4)  # [K, S, n, G, C]
+    if on_cpu() and 8 <= n * folded.shape[3] <= 64:
+        out = attend_from_the_left(folded, k, v, mask, bias)
     else:
-        out = jnp.einsum("brc,bch->brh", weights.reshape(heads * s, -1, slots), v)
-    return out.reshape(heads, s, n, -1, h).transpose(1, 2, 0, 3, 4).reshape(q.shape)
+        rows = folded.reshape(heads * s, -1, h)
+        scores = jnp.einsum("brh,bch->brc", rows, k, preferred_element_type=jnp.float32)
+        scores = scores.reshape(*folded.shape[:4], slots) / math.sqrt(h)
+        if bias is not None:
+            scores += bias
+        scores = jnp.where(mask[None, :, :, None], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        out = jnp.einsum("brc,bch->brh", weights.reshape(heads * s, -1, slots), v).reshape(folded.shape)
+    return out.transpose(1, 2, 0, 3, 4).reshape(q.shape)
 
 
 def encode(

@@ -14,26 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from pd_jax.config import LoraConfig, ModelConfig
 from pd_jax.errors import InputError
-from pd_jax.model import Params, layer_shapes
+from pd_jax.machines import data_sheet
+from pd_jax.params import Params
 
 console = Console(soft_wrap=True, highlight=False)
-
-# Dense bfloat16 matrix products of one device, FLOP/s, from the vendors' data sheets; the longest matching name counts.
-PEAKS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "GB200": 2500e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 
 def say(text: str) -> None:
@@ -46,9 +31,9 @@ def peak_flops() -> tuple[float, str]:
     """FLOP/s of one device and where the figure is from: its data sheet, or where none is known a matrix product timed
     here and now in float32."""
     kind = jax.local_devices()[0].device_kind
-    known = max((name for name in PEAKS if name in kind), key=len, default=None)
-    if known is not None:
-        return PEAKS[known], f"{known} data sheet"
+    machine = data_sheet(kind)
+    if machine is not None:
+        return machine.flops, f"{machine.kind} data sheet"
     size = 1024
     product = jax.jit(jnp.dot)
     x = jnp.full((size, size), 1.0)
@@ -59,19 +44,6 @@ def peak_flops() -> tuple[float, str]:
         product(x, x).block_until_ready()
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best, f"a {size} x {size} product timed on {kind}"
-
-
-def flops_per_token(config: ModelConfig, lora: LoraConfig | None, length: int) -> float:
-    """FLOPs of a training step per token of a row of `length` tokens.
-
-    2 per matrix weight forward, 2 for the gradient of the activations, 2 for that of the weight (not of a frozen one);
-    attention as if causal over the row, which the column mask nearly is.
-    """
-    shapes = layer_shapes(config)
-    weights = config.vocab_size * config.hidden_size
-    weights += config.num_hidden_layers * sum(math.prod(s) for s in shapes.values() if len(s) > 1)
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    return (6 if lora is None else 4) * weights + 6 * attention
 
 
 class Monitor:

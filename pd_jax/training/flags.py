@@ -1,10 +1,10 @@
-"""The flags of the scripts. Defaults of the reference experiment keep their names and values."""
+"""The flags of pretraining and finetuning. Defaults of the reference experiment keep their names and values."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from pd_jax.cli import flag
-from pd_jax.config import LORA_TARGETS, Align, Visibility
+from pd_jax.config import LORA_TARGETS, Align, Backend, Remat, Visibility
 
 MODEL, DATA, OPTIM, LORA, RUN = "model", "data", "optimisation", "LoRA", "running and saving"
 
@@ -33,9 +33,7 @@ class TrainFlags:
         "compute dtype; auto is float32 on CPU and bfloat16 elsewhere; trained weights stay float32",
         group=MODEL,
     )
-    attention: Literal["auto", "dense", "chunked", "splash", "tokamax", "cudnn"] = flag(
-        "auto", "attention backend", group=MODEL
-    )
+    attention: Backend = flag("auto", "attention backend", group=MODEL)
     local_files_only: bool = flag(False, "never ask the hub", group=MODEL)
 
     batch_size: int = flag(1, "rows of a micro-batch, over all devices", group=OPTIM, minimum=1)
@@ -44,7 +42,7 @@ class TrainFlags:
     warmup_ratio: float = flag(0.03, "share of the steps for linear warm-up before the cosine", group=OPTIM, minimum=0)
     weight_decay: float = flag(0.01, "decoupled weight decay; norms and biases have none", group=OPTIM, minimum=0)
     max_grad_norm: float = flag(1.0, "global gradient norm is clipped to this", group=OPTIM, minimum=0)
-    remat: Literal["none", "dots", "full"] = flag(
+    remat: Remat = flag(
         "none", "what the backward pass recomputes: nothing, all but matrix products, or every layer", group=OPTIM
     )
 
@@ -109,60 +107,3 @@ class FinetuneFlags(TrainFlags):
         None, "rows of a validation batch, over all devices; as many as in a step if not given", group=OPTIM, minimum=1
     )
     max_steps: int | None = flag(None, "stop after this many optimiser steps", group=OPTIM, minimum=1)
-
-
-@dataclass(frozen=True)
-class EvaluateFlags:
-    """scripts/evaluate.py"""
-
-    base_model: str | None = flag(None, "Hugging Face model of the hf rows: directory or hub id", group=MODEL)
-    ft_model: str | None = flag(None, "model of our rows, or a LoRA adapter (then give --ft-base-model)", group=MODEL)
-    ft_base_model: str | None = flag(None, "model that the adapter --ft-model belongs to", group=MODEL)
-    sequential_model: str | None = flag(
-        None, "model of the row sequential, say a control finetuned without columns; --ft-model if none", group=MODEL
-    )
-    rows: tuple[str, ...] = flag(
-        (),
-        "hf-sequential hf-batched hf-one-prompt sequential isolated prompts columns; empty: all that the models allow; "
-        "ROW=MODEL runs a row with another model, say isolated=./control",
-        group=RUN,
-    )
-    against: str | None = flag(None, "row that differences are taken against; the first row if not given", group=RUN)
-    pair_indices: tuple[int, ...] | None = flag(None, "RoPE pairs of our rows if none are stored", group=MODEL)
-    align: Align | None = flag(
-        None, "alignment of the rows prompts and columns; as each model was trained, else left", group=MODEL
-    )
-    dtype: Literal["float32", "bfloat16"] = flag("float32", "weights and activations of every row", group=MODEL)
-    local_files_only: bool = flag(False, "never ask the hub", group=MODEL)
-    dataset_name: str = flag("rajpurkar/squad", "hub id or file in SQuAD's format", group=DATA)
-    dataset_split: str = flag("validation", "split of a hub data set", group=DATA)
-    max_branches: int = flag(3, "at most this many questions a context, beside the background", group=DATA, minimum=1)
-    min_questions: int = flag(2, "contexts with fewer questions are left out", group=DATA, minimum=1)
-    max_eval_samples: int = flag(64, "contexts", group=DATA, minimum=1)
-    metric: Literal["squad", "cmrc"] = flag("squad", "squad: words, English; cmrc: characters, Chinese", group=DATA)
-    max_new_tokens: int = flag(32, "tokens an answer, at most", group=RUN, minimum=1)
-    batch_size: int = flag(
-        1, "contexts answered at once (one question at a time where rows are serial)", group=RUN, minimum=1
-    )
-    repeats: int = flag(1, "timed runs of each batch, the median counts; 0: answers only", group=RUN, minimum=0)
-    seed: int = flag(0, "of the bootstrap", group=RUN, minimum=0)
-    output_dir: str = flag("./evaluation", "results.json, report.html, predictions-ROW.jsonl", group=RUN)
-    dump_file: str | None = flag(None, "JSON file with every question, its gold answers and the predictions", group=RUN)
-    from_: str | None = flag(None, "a results.json to render again, without running anything", group=RUN)
-
-
-@dataclass(frozen=True)
-class PlanFlags:
-    """scripts/plan.py"""
-
-    model: str = flag("Qwen/Qwen3-4B", "hub id of a Qwen3 (nothing is downloaded), or a directory with config.json")
-    topology: str = flag("v5e:4x4", "machine, like v5e:4x4, v5p:2x2x1 or h100:8; it need not exist")
-    mesh: tuple[int, ...] = flag((1, -1, 1), "devices along data, fsdp and tensor; -1 takes the rest")
-    batch_size: int = flag(16, "rows of a micro-batch, over all devices", minimum=1)
-    gradient_accumulation_steps: int = flag(1, "micro-batches an optimiser step", minimum=1)
-    branch_count: int = flag(16, "branches a row", minimum=1)
-    seq_length: int = flag(256, "tokens a branch", minimum=2)
-    use_lora: bool = flag(False, "train low-rank adapters only")
-    lora_r: int = flag(16, "rank", minimum=1)
-    remat: Literal["none", "dots", "full"] = flag("full", "what the backward pass recomputes")
-    attention: Literal["auto", "dense", "chunked", "splash", "tokamax", "cudnn"] = flag("auto", "attention backend")

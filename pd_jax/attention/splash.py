@@ -7,13 +7,13 @@ but are not documented: they are used in this file only.
 """
 
 import math
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array
 
-from pd_jax.chunked import make_tiles, visible_tiles
+from pd_jax.attention.chunked import make_tiles, visible_tiles
 from pd_jax.columns import Coordinates, prefix_ends
 
 LANES = 128  # a block is a multiple of it
@@ -21,8 +21,7 @@ OWN_BITS = 16
 MAX_TOKENS = 1 << 15  # `end` takes the 15 bits that an int32 has left
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@struct.dataclass
 class SplashMask:
     """What the kernel needs to know of each row: everything has a leading B.
 

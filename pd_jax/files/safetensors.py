@@ -17,23 +17,7 @@ import numpy as np
 
 from pd_jax.config import ModelConfig
 from pd_jax.errors import InputError
-from pd_jax.model import PROJECTIONS, Params, layer_shapes, param_shapes
-
-HF_NAMES = {
-    "attn_norm": "input_layernorm.weight",
-    "q": "self_attn.q_proj.weight",
-    "k": "self_attn.k_proj.weight",
-    "v": "self_attn.v_proj.weight",
-    "q_norm": "self_attn.q_norm.weight",
-    "k_norm": "self_attn.k_norm.weight",
-    "sibling_bias": "self_attn.sibling_bias",
-    "o": "self_attn.o_proj.weight",
-    "mlp_norm": "post_attention_layernorm.weight",
-    "gate": "mlp.gate_proj.weight",
-    "up": "mlp.up_proj.weight",
-    "down": "mlp.down_proj.weight",
-}
-HF_OUTER_NAMES = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "lm_head": "lm_head.weight"}
+from pd_jax.params import BY_NAME, Params, Weight, param_shapes, weights_of
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 BLOCK_BYTES = 32 << 20  # what is read of a tensor at once: bounds the memory beside the model
@@ -53,32 +37,23 @@ class Entry(NamedTuple):
     hf_shape: tuple[int, ...]
 
 
-def axis_order(name: str) -> tuple[int, ...]:
-    """Our axes of the projection `name` in Hugging Face's order, [out, in] with heads and head_dim apart."""
-    layout = PROJECTIONS[name]
-    inputs = 2 if name == "o" else 1
-    return (*range(inputs, len(layout)), *range(inputs))
-
-
 def key_table(config: ModelConfig) -> dict[str, Entry]:
     """Every tensor of a model by its Hugging Face name, in the order in which exports write them."""
 
-    def outer(name: str, shape: tuple[int, ...]) -> Entry:
-        return Entry(HF_OUTER_NAMES[name], (name,), None, shape, tuple(range(len(shape))), shape)
+    def entry(weight: Weight, layer: int | None) -> Entry:
+        name = weight.hf if layer is None else f"model.layers.{layer}.{weight.hf}"
+        path = (weight.name,) if layer is None else ("layers", weight.name)
+        shape, inputs = weight.shape(config), len(weight.summed)
+        order = (*range(inputs, len(shape)), *range(inputs))
+        hf_shape = (math.prod(shape[inputs:]), math.prod(shape[:inputs])) if inputs else shape
+        return Entry(name, path, layer, shape, order, hf_shape)
 
-    def inner(layer: int, name: str, shape: tuple[int, ...]) -> Entry:
-        order, hf_shape = tuple(range(len(shape))), shape
-        if name in PROJECTIONS:
-            order = axis_order(name)
-            inputs = math.prod(shape[:2] if name == "o" else shape[:1])
-            hf_shape = (math.prod(shape) // inputs, inputs)
-        return Entry(f"model.layers.{layer}.{HF_NAMES[name]}", ("layers", name), layer, shape, order, hf_shape)
-
-    shapes = param_shapes(config)
-    entries = [outer("embed", shapes["embed"])]
-    for layer in range(config.num_hidden_layers):
-        entries += [inner(layer, name, shape) for name, shape in layer_shapes(config).items()]
-    entries += [outer(name, shapes[name]) for name in ("norm", "lm_head") if name in shapes]
+    weights = weights_of(config)
+    inside = [weight for weight in weights if weight.in_layers]
+    first, *last = [weight for weight in weights if not weight.in_layers]
+    entries = [entry(first, None)]
+    entries += [entry(weight, layer) for layer in range(config.num_hidden_layers) for weight in inside]
+    entries += [entry(weight, None) for weight in last]
     return {entry.name: entry for entry in entries}
 
 
@@ -187,7 +162,7 @@ def _check(tensors: dict[str, Tensor], table: dict[str, Entry], errors: list[str
 
 def _drop_tied_head(tensors: dict[str, Tensor], errors: list[str]) -> None:
     """Qwen3-0.6B's own file repeats the embedding as lm_head.weight: fine when equal, an error when not."""
-    head, embed = tensors.pop(HF_OUTER_NAMES["lm_head"], None), tensors.get(HF_OUTER_NAMES["embed"])
+    head, embed = tensors.pop(BY_NAME["lm_head"].hf, None), tensors.get(BY_NAME["embed"].hf)
     if head is None or embed is None:
         return
     same = (head.dtype, head.shape) == (embed.dtype, embed.shape) and all(

@@ -9,11 +9,11 @@ Axes: B batch, K kv heads, G query heads per kv head, I tiles, M queries of a ti
 """
 
 import math
-from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array
 
 from pd_jax.columns import Coordinates, column_mask, sibling_mask
@@ -22,8 +22,7 @@ from pd_jax.config import Visibility
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@struct.dataclass
 class Tiles:
     """Coordinates cut into tiles, [I, B, M], and the key tiles [first, last) that query tile i may see, int32 [I]."""
 

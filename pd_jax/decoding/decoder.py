@@ -1,123 +1,57 @@
-"""ParallelDecoder: samples become rows, rows are decoded column by column (`pd_jax.loop`), ids become text."""
+"""ParallelDecoder: samples become rows, rows are decoded column by column (`decoding.steps`), ids become text."""
 
 import logging
 import math
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pd_jax.checkpoint import find_model, load_config, load_eos_ids, load_params, load_tokenizer
 from pd_jax.columns import Coordinates
-from pd_jax.config import ALIGNMENTS, VISIBILITIES, Align, ModelConfig, Visibility, check_choice
+from pd_jax.config import ALIGNMENTS, DTYPES, VISIBILITIES, Align, ModelConfig, Visibility, check_choice
+from pd_jax.decoding.answers import BranchResult, Event, Result, Transcript
+from pd_jax.decoding.prompts import SMALLEST_ROW, Prompt, branch_limits, make_prompt
+from pd_jax.decoding.sampling import Method, SamplingParams
+from pd_jax.decoding.steps import (
+    BLOCK,
+    Program,
+    cache_bytes,
+    decode_block,
+    enlarge,
+    prefill,
+    row_logits,
+    unstack,
+)
 from pd_jax.errors import InputError
+from pd_jax.files import (
+    find_model,
+    load_adapter,
+    load_config,
+    load_eos_ids,
+    load_params,
+    load_tokenizer,
+)
 from pd_jax.layout import (
     Branch,
     Layout,
     Sample,
     TokenSample,
-    answer_columns,
     bucket,
     build_layout,
 )
-from pd_jax.loop import BLOCK, Program, Prompt, cache_bytes, decode_block, enlarge, prefill, row_logits, unstack
-from pd_jax.lora import load_adapter, merge_kernel
-from pd_jax.model import Params
-from pd_jax.sampling import Method, SamplingParams
-from pd_jax.sharding import check_model, param_shardings
+from pd_jax.lora import merge_kernel
+from pd_jax.mesh import check_model, param_shardings
+from pd_jax.params import Params
 
 __all__ = ["BranchResult", "Event", "ParallelDecoder", "Result", "SamplingParams"]
 
 log = logging.getLogger(__name__)
-
-FinishReason = Literal["eos", "length", "stop"]
-DTYPES = ("float32", "bfloat16")
-SMALLEST_ROW = 32  # tokens; the smallest bucket of a prefill
-
-
-@dataclass(frozen=True)
-class BranchResult:
-    """A branch's answer. `token_ids` are without the end-of-sequence token; `text` is cut before a stop string."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-
-
-@dataclass(frozen=True)
-class Result:
-    """A sample's answers, what they took and what was prefilled for them.
-
-    columns: until the last branch has ended, its end-of-sequence token included. The prefill gives the first one and
-    every forward after it one more, so this is the number of forwards too. prefill_tokens: without padding.
-    """
-
-    branches: tuple[BranchResult, ...]
-    columns: int
-    prefill_tokens: int
-
-
-@dataclass(frozen=True)
-class Event:
-    """One column as it arrives. All are per branch; joined over the events, `texts` are the texts of the answers.
-
-    column: counted from the first answer column. tokens: None where the branch has ended (or, with align "ragged", not
-    begun). texts: what can be shown now; half a character, or what may become a stop string, comes later.
-    """
-
-    column: int
-    tokens: tuple[int | None, ...]
-    texts: tuple[str, ...]
-    finish_reasons: tuple[FinishReason | None, ...]
-
-
-class _Transcript:
-    """What one branch has said so far. `push` takes its tokens, `news` tells what can be shown since the last time."""
-
-    def __init__(self, decode: Callable[[list[int]], str], eos: Sequence[int], limit: int, stop: Sequence[str]) -> None:
-        self._decode, self._eos, self._stop, self.limit = decode, eos, stop, limit
-        self._shown = 0  # characters
-        self.ids: list[int] = []
-        self.columns = 0
-        self.finish_reason: FinishReason | None = None
-
-    def push(self, token: int, column: int) -> None:
-        self.columns = column + 1
-        if token in self._eos:
-            self.finish_reason = "eos"
-            return
-        self.ids.append(token)
-        if self._stop and any(s in self._decode(self.ids) for s in self._stop):
-            self.finish_reason = "stop"
-        elif len(self.ids) == self.limit:
-            self.finish_reason = "length"
-
-    def text(self) -> str:
-        whole = self._decode(self.ids)
-        return whole[: min((whole.index(s) for s in self._stop if s in whole), default=len(whole))]
-
-    def news(self) -> str:
-        text = self.text()
-        if self.finish_reason is None:
-            # U+FFFD at the end is a character whose bytes have not all come; a stop string may have begun.
-            text = text.rstrip("\ufffd")
-            begun = [n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])]
-            text = text[: len(text) - max(begun, default=0)]
-        new = text[self._shown :]
-        self._shown += len(new)
-        return new
-
-    def result(self) -> BranchResult:
-        assert self.finish_reason is not None
-        return BranchResult(self.text(), tuple(self.ids), self.finish_reason)
 
 
 def _check_settings(dtype: str, visibility: str | None, align: str | None) -> None:
@@ -142,59 +76,6 @@ def _sampling(params: SamplingParams | None, options: Mapping[str, Any]) -> Samp
     if params is not None and options:
         raise InputError(f"params and {', '.join(options)} were both given; put everything into params")
     return SamplingParams(**options) if params is None else params
-
-
-def _limits(samples: Sequence[TokenSample], asked: int | Sequence[Sequence[int]]) -> list[list[int]]:
-    """max_new_tokens of every branch."""
-    counts = [len(sample.branches) for sample in samples]
-    limits = [[asked] * n for n in counts] if isinstance(asked, int) else [list(row) for row in asked]
-    if [len(row) for row in limits] != counts:
-        raise InputError(
-            f"max_new_tokens is for {[len(row) for row in limits]} branches, the samples have {counts}; "
-            "pass one number, or one per branch of every sample"
-        )
-    least = min(limit for row in limits for limit in row)
-    if least < 1:
-        raise InputError(f"max_new_tokens is {least}; it must be 1 or more")
-    return limits
-
-
-def _prompt(
-    samples: Sequence[TokenSample], limits: Sequence[Sequence[int]], align: Align, visibility: Visibility
-) -> Prompt:
-    """Rows, rounded up to buckets in every axis: rows without tokens and branches without tokens are never seen."""
-    # Where a prompt reaches into columns in which a sibling answers already, and sees it, it cannot be prefilled there.
-    cut = align == "ragged" and visibility == "columns"
-    s, n = bucket(len(samples)), bucket(max(len(sample.branches) for sample in samples))
-    rows: list[list[TokenSample]] = [[] for _ in range(s)]
-    given: dict[tuple[int, int], Sequence[int]] = {}
-    stream = np.zeros((s, n), np.uint32)
-    for r, sample in enumerate(samples):
-        shortest = min(len(branch.prompt) for branch in sample.branches) if cut else None
-        rows[r] = [TokenSample(sample.background, [Branch(branch.prompt[:shortest]) for branch in sample.branches])]
-        if cut:
-            given |= {(r, b): branch.prompt[shortest:] for b, branch in enumerate(sample.branches)}
-        background = _crc(sample.background)  # nothing of the siblings, the batch or its order
-        stream[r, : len(sample.branches)] = [
-            _crc((background, _crc(x.prompt), b)) for b, x in enumerate(sample.branches)
-        ]
-    layout = build_layout(rows, bucket(max(len(row[0]) for row in rows if row), SMALLEST_ROW), align)
-    last, first, wait, limit = (np.zeros((s, n), np.int32) for _ in range(4))
-    for r, row in enumerate(rows[: len(samples)]):
-        place = np.flatnonzero(layout.branch[r])
-        np.maximum.at(last[r], layout.branch[r, place] - 1, place)
-        first[r, : len(limits[r])] = answer_columns(row[0], align)
-        limit[r, : len(limits[r])] = limits[r]
-    longest = max(map(len, given.values()), default=0)
-    tokens = np.zeros((s, n, bucket(longest, SMALLEST_ROW) if longest else 0), np.int32)
-    for place, ids in given.items():
-        tokens[place][: len(ids)] = ids
-        wait[place] = len(ids)
-    return Prompt(layout.tokens, Coordinates.of(layout), last, first, tokens, wait, limit + wait, stream)
-
-
-def _crc(ids: Sequence[int]) -> int:
-    return zlib.crc32(np.asarray(ids, np.uint32).tobytes())
 
 
 def _free_bytes(device: jax.Device) -> float:
@@ -375,17 +256,17 @@ class ParallelDecoder:
 
     def _run(
         self, samples: Sequence[TokenSample], params: SamplingParams, every: int
-    ) -> Iterator[list[list[_Transcript]]]:
+    ) -> Iterator[list[list[Transcript]]]:
         """Decode; yields all transcripts after the first column and after every `every` (at most BLOCK) more."""
-        limits = _limits(samples, params.max_new_tokens)
-        prompt = _prompt(samples, limits, self.align, self.visibility)
+        limits = branch_limits(samples, params.max_new_tokens)
+        prompt = make_prompt(samples, limits, self.align, self.visibility)
         self._check(samples, prompt)
         # A branch must end in the column in which its stop string does: its siblings would see what comes after.
         every = 1 if params.stop else every
         program = Program(self.config, self.visibility, params.method())
         controls = params.controls(self.eos_ids, self._allowed)
         decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        transcripts = [[_Transcript(decode, self.eos_ids, limit, params.stop) for limit in row] for row in limits]
+        transcripts = [[Transcript(decode, self.eos_ids, limit, params.stop) for limit in row] for row in limits]
         slots, branches, room = prompt.tokens.shape[1], prompt.last.shape[1], BLOCK
         with self._placed():
             state, token = prefill(self._weights, controls, prompt, program=program, room=room)

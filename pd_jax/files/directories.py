@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ from orbax.checkpoint import v1 as ocp
 
 from pd_jax.config import SECTION, SETTINGS, ModelConfig, read_config_json
 from pd_jax.errors import InputError
-from pd_jax.model import SIBLING_BIAS_START, Params, param_shapes
-from pd_jax.weights import Progress, raise_collected, read_params
+from pd_jax.files.safetensors import Progress, raise_collected, read_params
+from pd_jax.params import SIBLING_BIAS_START, Params, param_shapes
 
 log = logging.getLogger(__name__)
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every file it opens
@@ -68,6 +68,30 @@ def find_model(path_or_hub_id: str, local_files_only: bool = False) -> Path:
             f"{name} is no directory here and could not be had from the hub ({type(error).__name__}: {reason}); "
             "pass a local model directory, or download it first"
         ) from None
+
+
+class ModelSource(NamedTuple):
+    """Where weights are: a model directory and, perhaps, an adapter that belongs to it."""
+
+    model: Path
+    adapter: Path | None = None
+
+
+def find_source(name: str, base_model: str | None = None, local_files_only: bool = False) -> ModelSource:
+    """The source that `name` stands for: a model, or a LoRA adapter with its base. Directories or hub ids.
+
+    An adapter's base is `base_model`, else what its adapter_config.json names. Raises `InputError` when there is no
+    base to be found, or one is given and `name` is no adapter.
+    """
+    directory = find_model(name, local_files_only)
+    if not (directory / ADAPTER_CONFIG).is_file():
+        if base_model is not None:
+            raise InputError(f"--base-model {base_model} is given, but {name} is no LoRA adapter; leave it out")
+        return ModelSource(directory)
+    base = base_model or read_adapter_config(directory).get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"{name} does not name the model that it adapts; pass it as --base-model")
+    return ModelSource(find_model(base, local_files_only), directory)
 
 
 def load_config(directory: Path, pair_indices: Sequence[int] | None = None, adapter: Path | None = None) -> ModelConfig:

@@ -1,0 +1,85 @@
+"""Prompts on rows: samples of token ids become the arrays that a prefill takes, rounded up to buckets."""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pd_jax.columns import Coordinates
+from pd_jax.config import Align, Visibility
+from pd_jax.errors import InputError
+from pd_jax.layout import Branch, TokenSample, answer_columns, bucket, build_layout
+
+SMALLEST_ROW = 32  # tokens; the smallest bucket of a prefill
+
+
+class Prompt(NamedTuple):
+    """Prompts on rows: tokens int32 [S, T], their coordinates, and per branch [S, n] what follows.
+
+    last: the place of the branch's last token in its row. first: the column after that. given int32 [S, n, W]: prompt
+    tokens that are not in the row, because siblings answer in their columns; wait: how many. limit: of tokens, given
+    and answered, 0 where there is no branch. stream uint32: beside the seed, what random numbers depend on.
+    """
+
+    tokens: Any
+    coordinates: Coordinates
+    last: Any
+    first: Any
+    given: Any
+    wait: Any
+    limit: Any
+    stream: Any
+
+
+def branch_limits(samples: Sequence[TokenSample], asked: int | Sequence[Sequence[int]]) -> list[list[int]]:
+    """max_new_tokens of every branch."""
+    counts = [len(sample.branches) for sample in samples]
+    limits = [[asked] * n for n in counts] if isinstance(asked, int) else [list(row) for row in asked]
+    if [len(row) for row in limits] != counts:
+        raise InputError(
+            f"max_new_tokens is for {[len(row) for row in limits]} branches, the samples have {counts}; "
+            "pass one number, or one per branch of every sample"
+        )
+    least = min(limit for row in limits for limit in row)
+    if least < 1:
+        raise InputError(f"max_new_tokens is {least}; it must be 1 or more")
+    return limits
+
+
+def make_prompt(
+    samples: Sequence[TokenSample], limits: Sequence[Sequence[int]], align: Align, visibility: Visibility
+) -> Prompt:
+    """Rows, rounded up to buckets in every axis: rows without tokens and branches without tokens are never seen."""
+    # Where a prompt reaches into columns in which a sibling answers already, and sees it, it cannot be prefilled there.
+    cut = align == "ragged" and visibility == "columns"
+    s, n = bucket(len(samples)), bucket(max(len(sample.branches) for sample in samples))
+    rows: list[list[TokenSample]] = [[] for _ in range(s)]
+    given: dict[tuple[int, int], Sequence[int]] = {}
+    stream = np.zeros((s, n), np.uint32)
+    for r, sample in enumerate(samples):
+        shortest = min(len(branch.prompt) for branch in sample.branches) if cut else None
+        rows[r] = [TokenSample(sample.background, [Branch(branch.prompt[:shortest]) for branch in sample.branches])]
+        if cut:
+            given |= {(r, b): branch.prompt[shortest:] for b, branch in enumerate(sample.branches)}
+        background = _crc(sample.background)  # nothing of the siblings, the batch or its order
+        stream[r, : len(sample.branches)] = [
+            _crc((background, _crc(x.prompt), b)) for b, x in enumerate(sample.branches)
+        ]
+    layout = build_layout(rows, bucket(max(len(row[0]) for row in rows if row), SMALLEST_ROW), align)
+    last, first, wait, limit = (np.zeros((s, n), np.int32) for _ in range(4))
+    for r, row in enumerate(rows[: len(samples)]):
+        place = np.flatnonzero(layout.branch[r])
+        np.maximum.at(last[r], layout.branch[r, place] - 1, place)
+        first[r, : len(limits[r])] = answer_columns(row[0], align)
+        limit[r, : len(limits[r])] = limits[r]
+    longest = max(map(len, given.values()), default=0)
+    tokens = np.zeros((s, n, bucket(longest, SMALLEST_ROW) if longest else 0), np.int32)
+    for place, ids in given.items():
+        tokens[place][: len(ids)] = ids
+        wait[place] = len(ids)
+    return Prompt(layout.tokens, Coordinates.of(layout), last, first, tokens, wait, limit + wait, stream)
+
+
+def _crc(ids: Sequence[int]) -> int:
+    return zlib.crc32(np.asarray(ids, np.uint32).tobytes())
