@@ -1,6 +1,15 @@
-"""The column mask and the interleaved 2D RoPE: pure functions of coordinates, for training, prefill and decoding."""
+"""The column mask and the interleaved 2D RoPE: pure functions of coordinates, for training, prefill and decoding.
+
+News takes two columns. The token in column c is chosen from the logits of its own branch's token in column c-1, and
+that token sees its siblings up to column c-2. So what a sibling says in column c can first change a word in column c+2,
+and the first answer token sees the siblings' prompts but for what stands in the last prompt column.
+
+Without branch pairs, branches with the same prompt are one branch: exchanging them exchanges their outputs, whatever
+the visibility and the bias, so they say the same. "prompts" can use what siblings were asked, never what they answer.
+"""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +17,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from pd_jax.config import VISIBILITIES, ModelConfig, Visibility, check_choice
+from pd_jax.config import MIX, ROW_VISIBILITIES, VISIBILITIES, ModelConfig, RowVisibility, check_choice
 
 
 @struct.dataclass
@@ -20,15 +29,17 @@ class Coordinates:
     segment: Array  # int32, the sample's number in its row; -1 for PAD
     valid: Array  # bool; False for PAD
     prompt: Array  # bool; part of a branch's prompt
+    visibility: Array | None = None  # int32, the place of each sample's own in `config.VISIBILITIES`; for "mix" only
 
     @classmethod
-    def of(cls, layout) -> "Coordinates":
-        """The coordinates of a `Layout`, or of anything that has its arrays by key."""
-        return cls(*(jnp.asarray(layout[name]) for name in ("branch", "column", "segment", "valid", "prompt")))
+    def of(cls, layout: Any, visibility: RowVisibility = "columns") -> "Coordinates":
+        """The coordinates of a `Layout`, or of anything that has its arrays by key, for rows of `visibility`."""
+        names = ["branch", "column", "segment", "valid", "prompt"] + ["visibility"] * (visibility == MIX)
+        return cls(**{name: jnp.asarray(layout[name]) for name in names})
 
 
 def column_mask(
-    query: Coordinates, key: Coordinates, visibility: Visibility = "columns", query_index: Array | None = None
+    query: Coordinates, key: Coordinates, visibility: RowVisibility = "columns", query_index: Array | None = None
 ) -> Array:
     """Who sees whom: bool [..., T, S], True where query i may look at key j.
 
@@ -37,6 +48,7 @@ def column_mask(
         visible: "columns"  always
                  "isolated" branch_j is 0 (the background) or branch_i
                  "prompts"  as isolated, or j is a prompt token
+                 "mix"      as the sample's own visibility says, which its coordinates carry
 
     `query_index` [..., T] is the place of each query among the keys (default: 0..T-1, queries are the keys). PAD sees
     itself only and is seen by nobody. The worked example of `pd_jax.layout`, a background of 8 tokens and prompts of 4,
@@ -61,7 +73,7 @@ def column_mask(
         Q2[2]  1 1 1 1 1 1 1 1   1 1 1 1 1 1 . 1 .      10
         Q1[3]  1 1 1 1 1 1 1 1   1 1 1 1 1 1 1 1 1      11
     """
-    check_choice("visibility", visibility, VISIBILITIES)
+    check_choice("visibility", visibility, ROW_VISIBILITIES)
 
     def q(array: Array) -> Array:
         return array[..., :, None]
@@ -70,12 +82,16 @@ def column_mask(
         return array[..., None, :]
 
     seen = (q(query.segment) == k(key.segment)) & (q(query.valid) & k(key.valid)) & (k(key.column) < q(query.column))
-    if visibility != "columns":
-        visible = (k(key.branch) == 0) | (k(key.branch) == q(query.branch))
-        seen &= visible | k(key.prompt) if visibility == "prompts" else visible
+    own = (k(key.branch) == 0) | (k(key.branch) == q(query.branch))
+    if visibility == MIX:
+        assert query.visibility is not None  # `Coordinates.of(layout, "mix")` has it
+        columns, prompts = (q(query.visibility) == VISIBILITIES.index(name) for name in ("columns", "prompts"))
+        seen &= own | columns | (prompts & k(key.prompt))
+    elif visibility != "columns":
+        seen &= own | k(key.prompt) if visibility == "prompts" else own
     size = key.column.shape[-1]
-    own = jnp.arange(query.column.shape[-1]) if query_index is None else query_index
-    return seen | (q(own) == jnp.arange(size))
+    place = jnp.arange(query.column.shape[-1]) if query_index is None else query_index
+    return seen | (q(place) == jnp.arange(size))
 
 
 def sibling_mask(query: Coordinates, key: Coordinates) -> Array:

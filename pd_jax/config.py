@@ -15,6 +15,9 @@ from pd_jax.errors import InputError
 
 Visibility = Literal["columns", "isolated", "prompts"]
 VISIBILITIES: tuple[Visibility, ...] = ("columns", "isolated", "prompts")
+MIX = "mix"  # every sample has a visibility of its own
+RowVisibility = Literal["columns", "isolated", "prompts", "mix"]  # of whole rows
+ROW_VISIBILITIES: tuple[RowVisibility, ...] = (*VISIBILITIES, "mix")
 Align = Literal["left", "right", "ragged"]
 ALIGNMENTS: tuple[Align, ...] = ("left", "right", "ragged")
 
@@ -80,11 +83,11 @@ class ModelConfig:
     pair_indices: tuple[int, ...] = DEFAULT_PAIR_INDICES
     branch_stride: float = 1.0
     sibling_bias: bool = False
-    visibility: Visibility | None = None  # as trained in columns; decoding takes it when nothing else is asked for
+    visibility: RowVisibility | None = None  # as trained; decoding takes it (columns for mix) if nothing else is asked
     align: Align | None = None  # likewise; both None: never trained in columns
 
     def __post_init__(self) -> None:
-        check_choice("visibility", self.visibility or "columns", VISIBILITIES)
+        check_choice("visibility", self.visibility or "columns", ROW_VISIBILITIES)
         check_choice("align", self.align or "left", ALIGNMENTS)
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
@@ -155,6 +158,16 @@ class ModelConfig:
             visibility=ours.get("visibility"),
             align=ours.get("align"),
         )
+
+    @property
+    def decoded_as(self) -> tuple[Visibility, Align]:
+        """Visibility and alignment of decoding when nothing else is asked for: those of the training."""
+        visibility: Visibility = "columns" if self.visibility is None or self.visibility == MIX else self.visibility
+        return visibility, self.align or "left"
+
+    def trained_otherwise(self, visibility: RowVisibility, align: Align) -> bool:
+        """Whether the weights were trained in another visibility (a mix holds all of them) or alignment."""
+        return self.visibility not in (None, MIX, visibility) or self.align not in (None, align)
 
     def section(self) -> dict[str, Any]:
         """The column settings as they are stored under the key `pd_jax` of config.json."""

@@ -15,12 +15,12 @@ training exactly as in decoding.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from pd_jax.config import ALIGNMENTS, Align, check_choice
+from pd_jax.config import ALIGNMENTS, VISIBILITIES, Align, Visibility, check_choice
 from pd_jax.errors import InputError
 
 Objective = Literal["answers", "all"]
@@ -32,6 +32,7 @@ class Sample:
 
     background: str
     branches: Sequence[str]
+    visibility: Visibility | None = None  # None: that of the decoder
 
     def __post_init__(self) -> None:
         if isinstance(self.branches, str):
@@ -58,6 +59,7 @@ class TokenSample:
 
     background: Sequence[int]
     branches: Sequence[Branch]
+    visibility: Visibility | None = None  # None: that of the rows it is laid out in, of the decoder or of the training
 
     @property
     def prompt_columns(self) -> int:
@@ -72,19 +74,18 @@ class TokenSample:
 class Layout:
     """Rows of laid-out tokens: every array is [S rows, T tokens].
 
-    tokens, branch, column int32; segment int32 (the sample's number in its row, -1 for PAD); valid bool (False for
-    PAD); prompt bool (part of a branch's prompt); targets int32 (the next token of the same branch); weights float32
-    (the target's share in the loss). Fields can be read as attributes or by key.
+    Fields can be read as attributes or by key.
     """
 
-    tokens: np.ndarray
-    branch: np.ndarray
-    column: np.ndarray
-    segment: np.ndarray
-    valid: np.ndarray
-    prompt: np.ndarray
-    targets: np.ndarray = field(repr=False)
-    weights: np.ndarray = field(repr=False)
+    tokens: np.ndarray  # int32
+    branch: np.ndarray  # int32; 0 is the background
+    column: np.ndarray  # int32
+    segment: np.ndarray  # int32, the sample's number in its row; -1 for PAD
+    valid: np.ndarray  # bool; False for PAD
+    prompt: np.ndarray  # bool; part of a branch's prompt
+    visibility: np.ndarray = field(repr=False)  # int32, the place of the sample's own in `config.VISIBILITIES`
+    targets: np.ndarray = field(repr=False)  # int32, the next token of the same branch
+    weights: np.ndarray = field(repr=False)  # float32, the target's share in the loss
 
     def __getitem__(self, name: str) -> np.ndarray:
         return getattr(self, name)
@@ -96,8 +97,8 @@ class Layout:
         return iter(self.keys())
 
 
-class _Row(NamedTuple):
-    """One sample's tokens before padding, each [n]; the fields of `Layout` without segment and valid."""
+class _Tokens(NamedTuple):
+    """One sample's tokens before padding, each [n]; the fields of `Layout` without segment, valid and visibility."""
 
     tokens: np.ndarray
     branch: np.ndarray
@@ -115,13 +116,13 @@ def answer_columns(sample: TokenSample, align: Align = "left") -> np.ndarray:
     return np.full(len(sample.branches), n + sample.prompt_columns, np.int32)
 
 
-def _branch_arrays(number: int, first: int, prompt: int, ids: Sequence[int], end: int | None, gap: int) -> _Row:
+def _branch_arrays(number: int, first: int, prompt: int, ids: Sequence[int], end: int | None, gap: int) -> _Tokens:
     """A run of tokens of one branch: `prompt` prompt tokens from column `first`, the rest `gap` columns later."""
     tokens = np.asarray(ids, np.int32)
     n = len(tokens)
     index = np.arange(n)
     after = np.append(tokens[1:], -1 if end is None else end).astype(np.int32)[:n]
-    return _Row(
+    return _Tokens(
         tokens=tokens,
         branch=np.full(n, number, np.int32),
         column=(first + index + gap * (index >= prompt)).astype(np.int32),
@@ -131,7 +132,7 @@ def _branch_arrays(number: int, first: int, prompt: int, ids: Sequence[int], end
     )
 
 
-def _sample_row(sample: TokenSample, align: Align, objective: Objective) -> _Row:
+def _sample_row(sample: TokenSample, align: Align, objective: Objective) -> _Tokens:
     """All tokens of one sample in column-major order."""
     n, width = len(sample.background), sample.prompt_columns
     parts = [_branch_arrays(0, 0, 0, sample.background, None, 0)]
@@ -141,7 +142,7 @@ def _sample_row(sample: TokenSample, align: Align, objective: Objective) -> _Row
         first = n + slack if align == "right" else n
         gap = slack if align == "left" else 0
         parts.append(_branch_arrays(number, first, length, [*branch.prompt, *branch.answer], branch.end, gap))
-    row = _Row(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    row = _Tokens(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
     if objective == "answers":
         # A weight belongs to a token's target: the last prompt token carries the branch's first answer token.
         asked = np.concatenate(
@@ -150,7 +151,7 @@ def _sample_row(sample: TokenSample, align: Align, objective: Objective) -> _Row
         )
         row = row._replace(weights=row.weights * asked)
     order = np.lexsort((row.branch, row.column))
-    return _Row(*(array[order] for array in row))
+    return _Tokens(*(array[order] for array in row))
 
 
 def build_layout(
@@ -163,7 +164,7 @@ def build_layout(
     """Lay out `rows`, each a list of samples packed one after the other, padded to `length` (default: the longest).
 
     `objective` says which targets count: "answers" (answer tokens and their end) or "all" (every token that has a
-    successor in its branch). Raises `ValueError` for an unknown `align` and for a row that does not fit.
+    successor in its branch). Raises `InputError` for an unknown `align` and for a row that does not fit.
     """
     check_choice("align", align, ALIGNMENTS)
     sizes = [sum(map(len, row)) for row in rows]
@@ -178,6 +179,7 @@ def build_layout(
         segment=np.full(shape, -1, np.int32),
         valid=np.zeros(shape, bool),
         prompt=np.zeros(shape, bool),
+        visibility=np.zeros(shape, np.int32),
         targets=np.zeros(shape, np.int32),
         weights=np.zeros(shape, np.float32),
     )
@@ -188,6 +190,7 @@ def build_layout(
             for name, array in _sample_row(sample, align, objective)._asdict().items():
                 out[name][r, start:stop] = array
             out.segment[r, start:stop] = segment
+            out.visibility[r, start:stop] = VISIBILITIES.index(sample.visibility or "columns")
             out.valid[r, start:stop] = True
             start = stop
     return out
@@ -203,13 +206,13 @@ def fit(sample: TokenSample, length: int) -> TokenSample | None:
         return sample
     if excess > len(sample.background):
         return None
-    return TokenSample(sample.background[: len(sample.background) - excess], sample.branches)
+    return replace(sample, background=sample.background[: len(sample.background) - excess])
 
 
 def pack(lengths: Iterable[int], capacity: int) -> list[list[int]]:
     """First-fit packing in the given order: lists of indices whose lengths sum to at most `capacity`.
 
-    Raises `ValueError` for a length above `capacity`.
+    Raises `InputError` for a length above `capacity`.
     """
     lengths = list(lengths)
     if max(lengths, default=0) > capacity:

@@ -16,7 +16,7 @@ from jax import Array
 
 from pd_jax.attention import Attention, make_attention
 from pd_jax.columns import Coordinates, rope_tables, rotate
-from pd_jax.config import Backend, LoraConfig, ModelConfig, Remat, Visibility
+from pd_jax.config import Backend, LoraConfig, ModelConfig, Remat, RowVisibility
 from pd_jax.cpu import contract
 from pd_jax.params import PROJECTIONS, Params
 
@@ -28,7 +28,8 @@ def forward(
     config: ModelConfig,
     tokens: Array,
     coordinates: Coordinates,
-    visibility: Visibility = "columns",
+    *,
+    visibility: RowVisibility = "columns",
     dtype: Any = jnp.float32,
     remat: Remat = "none",
     constrain: Callable[[Array], Array] = lambda x: x,
@@ -41,7 +42,7 @@ def forward(
 
     `remat` says what the backward pass recomputes; `constrain` pins the hidden states [B, T, D] to a mesh.
     `adapters` is a LoRA tree beside `params` (`pd_jax.lora`), `lora` its settings; without `dropout_key` there is no
-    dropout. `backend` is one of `attention.BACKENDS`.
+    dropout. `backend` is one of `config.BACKENDS`.
     """
     rope = rope_tables(config, coordinates.branch, coordinates.column)
     attend = make_attention(coordinates, visibility, backend)
@@ -51,7 +52,7 @@ def forward(
     def layer_step(x: Array, xs: tuple[Params, Params | None, Array | None]) -> tuple[Array, None]:
         layer, adapter, key = xs
         linear = partial(project, layer=layer, adapter=adapter, lora=lora, dropout_key=key)
-        return constrain(block(config, layer, x, rope, attend, linear)), None
+        return constrain(block(config, layer, x, rope=rope, attend=attend, linear=linear)), None
 
     body = layer_step
     if remat != "none":
@@ -76,6 +77,7 @@ def block(
     config: ModelConfig,
     layer: Params,
     x: Array,
+    *,
     rope: tuple[Array, Array],
     attend: Attention,
     linear: Callable[..., Array] | None = None,
@@ -100,6 +102,7 @@ def project(
     x: Array,
     layer: Params,
     name: str,
+    *,
     adapter: Params | None = None,
     lora: LoraConfig | None = None,
     dropout_key: Array | None = None,

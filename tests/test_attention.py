@@ -113,6 +113,13 @@ def test_chunked_equals_dense(visibility):
     assert_equal("chunked", ALL, *inputs(ALL), visibility)
 
 
+def test_chunked_equals_dense_for_a_mix():
+    """Every row of another visibility; each sample of a packed row too."""
+    kind = jnp.arange(ALL.column.shape[0])[:, None] + ALL.segment
+    mixed = replace(ALL, visibility=jnp.asarray(kind % 3, jnp.int32))
+    assert_equal("chunked", mixed, *inputs(ALL), "mix", bias=jnp.array([-8.0, -1.0, 0.0, 1.5]))
+
+
 @pytest.mark.parametrize("visibility", ["columns", pytest.param("prompts", marks=pytest.mark.slow)])
 def test_chunked_sibling_bias_has_exact_gradients(visibility):
     assert_equal("chunked", ALL, *inputs(ALL), visibility, bias=jnp.array([-8.0, -1.0, 0.0, 1.5]))

@@ -1,12 +1,14 @@
 import dataclasses
+import itertools
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from examples import SMALL, WORKED, aligns, samples
 from hypothesis import given, settings
-from test_layout import WORKED, aligns, samples
 
 from pd_jax.columns import (
     Coordinates,
@@ -16,13 +18,11 @@ from pd_jax.columns import (
     sibling_mask,
 )
 from pd_jax.config import VISIBILITIES, ModelConfig
-from pd_jax.layout import Branch, TokenSample, build_layout
+from pd_jax.layout import build_layout
 
 CONFIG = ModelConfig(100, 32, 64, 2, 4, 2, 16, rope_theta=1e4, pair_indices=(2, 4, 6))
 
-# Rows and columns: B0 B1, Q1[0] Q2[0], Q1[1], A1[0] A2[0], A1[1], PAD
-SMALL = TokenSample([1, 2], [Branch([11, 12], [41, 42]), Branch([21], [51])])
-LITERAL = {
+LITERAL = {  # of SMALL and one PAD
     "columns": """
         1 0 0 0 0 0 0 0 0
         1 1 0 0 0 0 0 0 0
@@ -107,6 +107,21 @@ def test_any_mask_is_what_the_definition_says(first, second, align):
             visible = visibility == "columns" or own or (visibility == "prompts" and layout.prompt[0, j])
             seen = at["segment"][0] == at["segment"][1] and at["column"][1] < at["column"][0] and visible
             assert mask[i, j] == (i == j or bool(seen and all(at["valid"])))
+
+
+def test_a_mix_gives_every_sample_its_own_visibility():
+    """Packed into one row, in every order: inside a sample the mask is that of its visibility, between them nothing."""
+    for kinds in itertools.permutations(VISIBILITIES):
+        row = [replace(SMALL, visibility=visibility) for visibility in kinds]
+        layout = build_layout([row], length=3 * 8 + 1)
+        at = Coordinates.of(layout, "mix")
+        mask = np.asarray(column_mask(at, at, "mix"))[0]
+        expected = np.zeros((25, 25), bool)
+        for place, visibility in enumerate(kinds):
+            part = slice(8 * place, 8 * place + 8)
+            expected[part, part] = mask_of([[SMALL]], visibility)[0]
+        expected[24, 24] = True  # PAD
+        np.testing.assert_array_equal(mask, expected)
 
 
 def test_a_query_among_cached_keys_finds_itself():

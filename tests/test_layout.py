@@ -1,18 +1,12 @@
+"""Layouts: coordinates, targets, weights, packing and buckets, against the worked example and the definitions."""
+
 import numpy as np
 import pytest
+from examples import EOS, Q1, Q3, WORKED, B, aligns, samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pd_jax.layout import Branch, Sample, TokenSample, answer_columns, bucket, build_layout, fit, pack
-
-B, Q1, Q2, Q3 = list(range(1, 9)), [11, 12, 13, 14], [21, 22, 23], [31, 32]
-WORKED = TokenSample(B, [Branch(Q1), Branch(Q2), Branch(Q3)])
-EOS = 99
-
-ids = st.lists(st.integers(1, 90), max_size=6)
-branches = st.builds(Branch, st.lists(st.integers(1, 90), min_size=1, max_size=6), ids, st.sampled_from([None, EOS]))
-samples = st.builds(TokenSample, ids, st.lists(branches, min_size=1, max_size=4))
-aligns = st.sampled_from(["left", "right", "ragged"])
 
 
 def test_worked_example():

@@ -103,7 +103,9 @@ def test_dropout_of_one_projection_is_unbiased():
     layer = {"down": jnp.zeros((8, 6))}
     adapter = {"down": {"a": jnp.ones((8, 2)), "b": jnp.ones((2, 6))}}
     keys = jax.random.split(jax.random.key(0), 4000)
-    draws = jax.vmap(lambda key: project(jnp.ones((1, 8)), layer, "down", adapter, lora, key))(keys)
+    draws = jax.vmap(lambda key: project(jnp.ones((1, 8)), layer, "down", adapter=adapter, lora=lora, dropout_key=key))(
+        keys
+    )
     # Each draw is 2 * sum of 8 Bernoulli(0.75) / 0.75: mean 16, deviation 3.27, of the mean of 4000 draws 0.052.
     assert abs(float(draws.mean()) - 16) < 5 * 0.052
     assert abs(float(draws.std()) - 3.27) < 0.2

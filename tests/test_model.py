@@ -1,5 +1,6 @@
 """What the model must not do, whatever its weights: look ahead, look sideways, depend on the order of branches."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_columns import SMALL, WORKED
+from examples import SMALL, WORKED
 
 from pd_jax.columns import Coordinates, column_mask
 from pd_jax.config import VISIBILITIES
@@ -25,7 +26,7 @@ def params(**changes):
 
 def outputs(layout, config=CONFIG, visibility="columns", **changes):
     weights = params(**changes)
-    run = jax.jit(lambda tokens, at: logits(weights, forward(weights, config, tokens, at, visibility)))
+    run = jax.jit(lambda tokens, at: logits(weights, forward(weights, config, tokens, at, visibility=visibility)))
     return np.asarray(run(layout.tokens, Coordinates.of(layout)))
 
 
@@ -40,11 +41,65 @@ def test_gradients_reach_exactly_what_the_mask_allows(visibility):
     def run(table):
         """Every token has an embedding of its own."""
         changed = weights | {"embed": table}
-        return forward(changed, config, jnp.arange(9)[None], at, visibility)[0].sum(-1) ** 2
+        return forward(changed, config, jnp.arange(9)[None], at, visibility=visibility)[0].sum(-1) ** 2
 
     slopes = np.asarray(jax.jit(jax.jacrev(run))(weights["embed"][jnp.asarray(layout.tokens[0])]))
     reached = np.abs(slopes).max(-1) > 0
-    np.testing.assert_array_equal(reached, np.asarray(column_mask(at, at, visibility)[0]))
+    np.testing.assert_array_equal(reached, np.asarray(column_mask(at, at, visibility=visibility)[0]))
+
+
+def test_news_takes_two_columns():
+    """What stands in a branch at column c first moves a sibling's logits at column c+1, which choose the token of c+2;
+    the first answer token does not know the last prompt column."""
+    prompts = [Branch([11, 12, 13], [41, 42, 43]), Branch([21, 22, 23], [51, 52, 53])]
+    layout = build_layout([[TokenSample([1, 2], prompts)]])
+    weights = params()
+    at = Coordinates.of(layout)
+
+    def run(table):
+        return forward(weights | {"embed": table}, CONFIG, jnp.arange(14)[None], at)[0].sum(-1) ** 2
+
+    slopes = np.asarray(jax.jit(jax.jacrev(run))(weights["embed"][jnp.asarray(layout.tokens[0])]))
+    reached = np.abs(slopes).max(-1) > 0  # [logits, token that stands there]
+    branch, column = layout.branch[0], layout.column[0]
+    for i, j in np.ndindex(14, 14):
+        if branch[i] and branch[j] and branch[i] != branch[j]:
+            chosen = column[i] + 1  # the column of the token that these logits choose
+            assert reached[i, j] == (chosen >= column[j] + 2)
+    first_answer = 2 + 3
+    ends = (branch == 1) & (column == first_answer - 1)
+    assert not reached[ends][0, (branch == 2) & (column == first_answer - 1)].any()
+    assert reached[ends][0, (branch == 2) & (column == first_answer - 2)].all()
+
+
+def test_branches_with_the_same_prompt_are_one_branch_without_pairs():
+    """Whatever the visibility and the bias; the pairs tell them apart."""
+    same = build_layout([[TokenSample([1, 2], [Branch([11, 12], [41])] * 3)]])
+    for bias in (False, True):
+        config = tiny.config(pair_indices=(), sibling_bias=bias)
+        for visibility in VISIBILITIES:
+            out = outputs(same, config, visibility, sibling_bias=bias)[0]
+            for number in (2, 3):
+                np.testing.assert_allclose(out[same.branch[0] == number], out[same.branch[0] == 1], atol=2e-5)
+    out = outputs(same)[0]
+    assert np.abs(out[same.branch[0] == 2] - out[same.branch[0] == 1]).max() > 1e-2
+
+
+@pytest.mark.parametrize("backend", ["dense", "chunked"])
+def test_a_mix_is_every_visibility_by_itself(backend):
+    """One forward over rows and packed samples of three visibilities gives what three forwards give."""
+    weights = params(sibling_bias=True)
+    config = tiny.config(sibling_bias=True)
+    seen = [replace(SMALL, visibility=visibility) for visibility in VISIBILITIES]
+    layout = build_layout([[seen[0], seen[1]], [seen[2]]], length=136)
+    mixed = forward(
+        weights, config, jnp.asarray(layout.tokens), Coordinates.of(layout, "mix"), visibility="mix", backend=backend
+    )
+    alone = build_layout([[SMALL]])
+    for (row, place), visibility in zip(((0, 0), (0, 8), (1, 0)), VISIBILITIES, strict=True):
+        tokens, at = jnp.asarray(alone.tokens), Coordinates.of(alone)
+        expected = forward(weights, config, tokens, at, visibility=visibility, backend="dense")[0]
+        np.testing.assert_allclose(mixed[row, place : place + 8], expected, atol=2e-5)
 
 
 def test_nothing_depends_on_later_or_same_column_tokens_of_others():
@@ -99,7 +154,7 @@ def test_a_sibling_bias_starts_as_the_isolated_model():
     def run(visibility, bias):
         layers = {**weights["layers"], "sibling_bias": weights["layers"]["sibling_bias"] + bias}
         changed = {**weights, "layers": layers}
-        return np.asarray(logits(changed, forward(changed, config, tokens, at, visibility)))
+        return np.asarray(logits(changed, forward(changed, config, tokens, at, visibility=visibility)))
 
     isolated = run("isolated", 0.0)
     assert np.abs(run("columns", 0.0) - isolated).max() < 1e-3

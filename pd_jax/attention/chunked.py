@@ -17,7 +17,7 @@ from flax import struct
 from jax import Array
 
 from pd_jax.columns import Coordinates, column_mask, sibling_mask
-from pd_jax.config import Visibility
+from pd_jax.config import RowVisibility
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -70,7 +70,7 @@ def make_mask(coordinates: Coordinates, block: int) -> Tiles:
 
 
 def chunked_attention(
-    q: Array, k: Array, v: Array, tiles: Tiles, visibility: Visibility, sibling_bias: Array | None = None
+    q: Array, k: Array, v: Array, tiles: Tiles, visibility: RowVisibility, sibling_bias: Array | None = None
 ) -> Array:
     """q [B, T, N, H], k and v [B, T, K, H], sibling_bias [N] or None -> [B, T, N, H]; never a T x T array."""
     b, tokens, n, h = q.shape
@@ -87,12 +87,12 @@ def chunked_attention(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(visibility: Visibility, tiles: Tiles, q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+def _attend(visibility: RowVisibility, tiles: Tiles, q: Array, k: Array, v: Array, bias: Array | None) -> Array:
     """q [I, B, K, G, M, H], k and v [I, B, K, J, H], bias [K, G] -> [I, B, K, G, M, H]."""
     return _forward(visibility, tiles, q, k, v, bias)[0]
 
 
-def _scores(visibility: Visibility, tiles: Tiles, i: Array, j: Array, q: Array, k: Array, bias: Array | None):
+def _scores(visibility: RowVisibility, tiles: Tiles, i: Array, j: Array, q: Array, k: Array, bias: Array | None):
     """float32 scores [B, K, G, M, J] of query tile i and key tile j, and who sees whom, who is whose sibling."""
     query, key = (jax.tree.map(lambda x, at=at: x[at], tiles.coordinates) for at in (i, j))
     size = query.column.shape[-1]
@@ -104,7 +104,7 @@ def _scores(visibility: Visibility, tiles: Tiles, i: Array, j: Array, q: Array, 
     return scores, mask, siblings
 
 
-def _forward(visibility: Visibility, tiles: Tiles, q: Array, k: Array, v: Array, bias: Array | None):
+def _forward(visibility: RowVisibility, tiles: Tiles, q: Array, k: Array, v: Array, bias: Array | None):
     def query_tile(queries, i):
         q_i = queries[i]
 
@@ -130,7 +130,7 @@ def _forward(visibility: Visibility, tiles: Tiles, q: Array, k: Array, v: Array,
     return out, (tiles, q, k, v, bias, out, lse)
 
 
-def _backward(visibility: Visibility, saved: tuple, d_out: Array):
+def _backward(visibility: RowVisibility, saved: tuple, d_out: Array):
     tiles, q, k, v, bias, out, lse = saved
     scale = 1 / math.sqrt(q.shape[-1])
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from pd_jax.columns import Coordinates, column_mask, prefix_ends
-from pd_jax.config import Visibility
+from pd_jax.config import RowVisibility
 
 
-def make_mask(coordinates: Coordinates, visibility: Visibility) -> tuple[Array, Array]:
+def make_mask(coordinates: Coordinates, visibility: RowVisibility) -> tuple[Array, Array]:
     """The mask bool [B, 1, T, T], and float32 [B]: 1, or NaN where a row is not in column-major order."""
     _, ordered = prefix_ends(coordinates)
     return column_mask(coordinates, coordinates, visibility)[:, None], jnp.where(ordered, 1.0, jnp.nan)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from pd_jax.attention import chunked, nvidia, splash
 from pd_jax.attention.dense import dense_attention
 from pd_jax.columns import Coordinates, column_mask, sibling_mask
-from pd_jax.config import BACKENDS, VISIBILITIES, Backend, Visibility, check_choice
+from pd_jax.config import BACKENDS, ROW_VISIBILITIES, Backend, RowVisibility, check_choice
 from pd_jax.errors import InputError
 from pd_jax.mesh import compile_target
 
@@ -119,7 +119,7 @@ def per_device(attend, q: Array, k: Array, v: Array, mask: Any) -> Array:
 
 
 def make_attention(
-    coordinates: Coordinates, visibility: Visibility = "columns", backend: Backend = "auto"
+    coordinates: Coordinates, visibility: RowVisibility = "columns", backend: Backend = "auto"
 ) -> Attention:
     """Self-attention over laid-out rows with `coordinates` [B, T]; the mask is computed once for all layers.
 
@@ -127,7 +127,7 @@ def make_attention(
     `ValueError` for an unknown backend, and when called for one that cannot run. `dense` and `chunked` take tokens in
     any order; the kernels need the column-major order of `pd_jax.layout` and give NaN without it.
     """
-    check_choice("visibility", visibility, VISIBILITIES)
+    check_choice("visibility", visibility, ROW_VISIBILITIES)
     check_choice("attention backend", backend, BACKENDS)
     platform, device_kind = compile_target()
     tokens = coordinates.column.shape[-1]

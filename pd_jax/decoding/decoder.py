@@ -110,9 +110,9 @@ class ParallelDecoder:
         _check_mesh(config, mesh)
         self.config, self.tokenizer, self.eos_ids = config, tokenizer, tuple(eos_ids)
         self.dtype, self.mesh = dtype, mesh
-        self.visibility: Visibility = visibility or config.visibility or "columns"
-        self.align: Align = align or config.align or "left"
-        if (config.visibility or self.visibility, config.align or self.align) != (self.visibility, self.align):
+        self.visibility: Visibility = visibility or config.decoded_as[0]
+        self.align: Align = align or config.decoded_as[1]
+        if config.trained_otherwise(self.visibility, self.align):
             log.warning(
                 "trained with visibility %s, align %s; decoding with visibility %s, align %s",
                 config.visibility, config.align, self.visibility, self.align,

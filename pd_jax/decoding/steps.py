@@ -162,7 +162,14 @@ def encode(
 
     x = weights["embed"][tokens]
     for layer in weights["layers"]:
-        x = block(config, layer, x, rope, attend_and_keep, partial(_linear, layer=layer, head_dim=config.head_dim))
+        x = block(
+            config,
+            layer,
+            x,
+            rope=rope,
+            attend=attend_and_keep,
+            linear=partial(_linear, layer=layer, head_dim=config.head_dim),
+        )
     return rms_norm(x, weights["norm"], config.rms_norm_eps), kept
 
 
@@ -200,7 +207,14 @@ def feed(weights: Params, program: Program, state: State) -> tuple[State, Array]
                 bias = jnp.where(siblings[:, None], sibling_bias[:, None, None], 0.0)
             return cached_attention(q, k, v, mask, bias)
 
-        x = block(config, layer, x, rope, attend, partial(_linear, layer=layer, head_dim=config.head_dim))
+        x = block(
+            config,
+            layer,
+            x,
+            rope=rope,
+            attend=attend,
+            linear=partial(_linear, layer=layer, head_dim=config.head_dim),
+        )
     hidden = rms_norm(x, weights["norm"], config.rms_norm_eps)
     state = dataclasses.replace(state, cache=cache, coordinates=coordinates, slot=state.slot + n)
     return state, _logits(weights, hidden)

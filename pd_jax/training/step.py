@@ -79,15 +79,17 @@ def make_step(
     evaluate(trained, frozen, batch) -> (sum of weighted nll, sum of weights).
     """
 
+    visibility = config.visibility or "columns"
+
     def nll(trained: Params, frozen: Params, rows: Batch, weights: Array, key: Array | None) -> Array:
         params, adapters = (trained, None) if lora is None else (frozen, trained)
         hidden = forward(
             params,
             config,
             rows["tokens"],
-            Coordinates.of(rows),
-            config.visibility or "columns",
-            settings.dtype,
+            Coordinates.of(rows, visibility),
+            visibility=visibility,
+            dtype=settings.dtype,
             remat=settings.remat,
             backend=settings.attention,
             constrain=lambda x: jax.lax.with_sharding_constraint(x, ACTIVATIONS_BTD),
