@@ -33,7 +33,8 @@ SIZES = {
 }
 SPLIT = {"V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor"}
 
-SIBLING_BIAS_START = -8.0  # the model begins as the isolated one and learns how far to look
+SIBLING_BIAS_START = 0.0  # of random weights: siblings are seen. From -8 the door stays shut: a scalar moves by about
+# the sum of the learning rates. Weights that never saw columns begin lower (`pd_jax.training`).
 
 
 @dataclass(frozen=True)
@@ -139,14 +140,16 @@ def param_shapes(config: ModelConfig) -> Params:
     return tree_of(config, lambda weight: (*([layers] if weight.in_layers else []), *weight.shape(config)))
 
 
-def init_params(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Params:
-    """Random weights, as the table says."""
+def init_params(
+    config: ModelConfig, key: Array, dtype: Any = jnp.float32, sibling_bias_start: float = SIBLING_BIAS_START
+) -> Params:
+    """Random weights, as the table says; sibling_bias, where there is one, begins at `sibling_bias_start`."""
     shapes = param_shapes(config)
 
     def init(weight: Weight) -> Array:
         shape = shapes["layers"][weight.name] if weight.in_layers else shapes[weight.name]
         if weight.start != "normal":
-            return jnp.full(shape, weight.start, dtype)
+            return jnp.full(shape, sibling_bias_start if weight.name == "sibling_bias" else weight.start, dtype)
         own = jax.random.fold_in(key, zlib.crc32(weight.name.encode()))
         return (jax.random.normal(own, shape, jnp.float32) * weight.fan_in(config) ** -0.5).astype(dtype)
 

@@ -20,7 +20,7 @@ FLOORS = (
     ("mesh",),
     ("attention", "cpu", "lora"),
     ("model",),
-    ("loss", "files"),
+    ("loss", "sight", "files"),
     ("decoding",),
     ("training",),
     ("evaluation", "planning", "benchmarks"),

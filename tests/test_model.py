@@ -140,10 +140,10 @@ def test_own_and_sibling_are_told_apart_by_the_pairs_only():
     assert np.abs(ends[0] - ends[1]).max() > 0.05 * ends.std()
 
 
-def test_a_sibling_bias_starts_as_the_isolated_model():
-    """The worked example on Qwen3's own initialisation, normal(0.02): siblings begin with a weight of exp(-8)."""
+def test_a_sibling_bias_of_minus_8_is_the_isolated_model():
+    """The worked example on Qwen3's own initialisation, normal(0.02): siblings have a weight of exp(-8)."""
     config = tiny.config(hidden_size=512, intermediate_size=1536, head_dim=64, sibling_bias=True)
-    weights = jax.tree.map(lambda x: x, init_params(config, jax.random.key(0)))
+    weights = jax.tree.map(lambda x: x, init_params(config, jax.random.key(0), sibling_bias_start=-8.0))
     for tree in (weights, weights["layers"]):
         tree |= {
             n: 0.02 * x / x.std() for n, x in tree.items() if n != "layers" and n.split("_")[-1] not in ("norm", "bias")

@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from pd_jax.attention import chunked, nvidia, splash
-from pd_jax.attention.dense import dense_attention
+from pd_jax.attention.dense import dense_attention, sibling_scores
 from pd_jax.columns import Coordinates, column_mask, sibling_mask
 from pd_jax.config import BACKENDS, ROW_VISIBILITIES, Backend, RowVisibility, check_choice
 from pd_jax.errors import InputError
@@ -151,9 +151,7 @@ def make_attention(
         call = Call(platform, device_kind, visibility, tokens, q.shape[-1], q.dtype, sibling_bias is not None)
         chosen = _choose(backend, call, fallback)
         if chosen == "dense":
-            bias = (
-                None if sibling_bias is None else jnp.where(siblings[:, None], sibling_bias[None, :, None, None], 0.0)
-            )
+            bias = None if sibling_bias is None else sibling_scores(siblings, sibling_bias)
             return dense_attention(q, k, v, masks["dense"], bias)
         if chosen == "chunked":
             return chunked.chunked_attention(q, k, v, masks["chunked"], visibility, sibling_bias)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pd_jax.errors import InputError
 from pd_jax.layout import Branch, TokenSample
 
 # The token ids of all tasks. RANK and those below it are each the first of a run of ids.
@@ -56,7 +57,7 @@ class Task:
         """
         choices = [self.branches] if branches is None else list(branches)
         if not choices or not set(choices) <= set(self.counts):
-            raise ValueError(f"branches is {choices}; {self.name} takes numbers from {list(self.counts)}")
+            raise InputError(f"branches is {choices}; {self.name} takes numbers from {list(self.counts)}")
         rng = np.random.default_rng(seed)
         return [self.make(rng, choices[rng.integers(len(choices))]) for _ in range(count)]
 
