@@ -83,7 +83,7 @@ class Layout:
     segment: np.ndarray  # int32, the sample's number in its row; -1 for PAD
     valid: np.ndarray  # bool; False for PAD
     prompt: np.ndarray  # bool; part of a branch's prompt
-    visibility: np.ndarray = field(repr=False)  # int32, the place of the sample's own in `config.VISIBILITIES`
+    visibility: np.ndarray = field(repr=False)  # int32, the place of the sample's own in `config.VISIBILITIES`; -1: none
     targets: np.ndarray = field(repr=False)  # int32, the next token of the same branch
     weights: np.ndarray = field(repr=False)  # float32, the target's share in the loss
 
@@ -179,7 +179,7 @@ def build_layout(
         segment=np.full(shape, -1, np.int32),
         valid=np.zeros(shape, bool),
         prompt=np.zeros(shape, bool),
-        visibility=np.zeros(shape, np.int32),
+        visibility=np.full(shape, -1, np.int32),
         targets=np.zeros(shape, np.int32),
         weights=np.zeros(shape, np.float32),
     )
@@ -190,7 +190,8 @@ def build_layout(
             for name, array in _sample_row(sample, align, objective)._asdict().items():
                 out[name][r, start:stop] = array
             out.segment[r, start:stop] = segment
-            out.visibility[r, start:stop] = VISIBILITIES.index(sample.visibility or "columns")
+            if sample.visibility is not None:
+                out.visibility[r, start:stop] = VISIBILITIES.index(sample.visibility)
             out.valid[r, start:stop] = True
             start = stop
     return out

@@ -4,43 +4,45 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 FinishReason = Literal["eos", "length", "stop"]
 
 
 @dataclass(frozen=True)
 class BranchResult:
-    """A branch's answer. `token_ids` are without the end-of-sequence token; `text` is cut before a stop string."""
+    """A branch's answer."""
 
-    text: str
-    token_ids: tuple[int, ...]
+    text: str  # cut before a stop string
+    token_ids: tuple[int, ...]  # without the end-of-sequence token
     finish_reason: FinishReason
 
 
 @dataclass(frozen=True)
 class Result:
-    """A sample's answers, what they took and what was prefilled for them.
-
-    columns: until the last branch has ended, its end-of-sequence token included. The prefill gives the first one and
-    every forward after it one more, so this is the number of forwards too. prefill_tokens: without padding.
-    """
+    """A sample's answers, what they took and what was prefilled for them."""
 
     branches: tuple[BranchResult, ...]
-    columns: int
-    prefill_tokens: int
+    columns: int  # until the last branch has ended, its end-of-sequence token included: the number of forwards too
+    prefill_tokens: int  # without padding
 
 
 @dataclass(frozen=True)
 class Event:
-    """One column as it arrives. All are per branch; joined over the events, `texts` are the texts of the answers.
+    """One column as it arrives. Joined over the events, `texts` are the texts of the answers."""
 
-    column: counted from the first answer column. tokens: None where the branch has ended (or, with align "ragged", not
-    begun). texts: what can be shown now; half a character, or what may become a stop string, comes later.
-    """
+    column: int  # counted from the first answer column
+    tokens: tuple[int | None, ...]  # per branch; None where it has ended (or, with align "ragged", not begun)
+    texts: tuple[str, ...]  # per branch, what can be shown now; half a character, or a stop string begun, comes later
+    finish_reasons: tuple[FinishReason | None, ...]  # per branch; None while it goes on
 
-    column: int
-    tokens: tuple[int | None, ...]
-    texts: tuple[str, ...]
-    finish_reasons: tuple[FinishReason | None, ...]
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of all samples of a call, as they arrive."""
+
+    first: int  # the first of them, counted from the first answer column
+    tokens: np.ndarray  # int32 [C, S, n], -1 where a branch says nothing; S and n as rounded up to buckets
 
 
 class Transcript:

@@ -1,12 +1,13 @@
 """ParallelDecoder: samples become rows, rows are decoded column by column (`decoding.steps`), ids become text."""
 
+import copy
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,21 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pd_jax.columns import Coordinates
-from pd_jax.config import ALIGNMENTS, DTYPES, VISIBILITIES, Align, ModelConfig, Visibility, check_choice
-from pd_jax.decoding.answers import BranchResult, Event, Result, Transcript
-from pd_jax.decoding.prompts import SMALLEST_ROW, Prompt, branch_limits, make_prompt
-from pd_jax.decoding.sampling import Method, SamplingParams
+from pd_jax.config import (
+    ALIGNMENTS,
+    DTYPES,
+    MIX,
+    VISIBILITIES,
+    Align,
+    Dtype,
+    ModelConfig,
+    RowVisibility,
+    Visibility,
+    check_choice,
+)
+from pd_jax.decoding.answers import Columns, Event, Result, Transcript
+from pd_jax.decoding.prompts import SMALLEST_ROW, Prompt, branch_limits, make_prompt, row_visibility
+from pd_jax.decoding.sampling import Method, SamplingOptions, SamplingParams
 from pd_jax.decoding.steps import (
     BLOCK,
     Program,
@@ -46,10 +58,8 @@ from pd_jax.layout import (
     build_layout,
 )
 from pd_jax.lora import merge_kernel
-from pd_jax.mesh import check_model, param_shardings
+from pd_jax.mesh import check_model, decoding_shardings, param_shardings
 from pd_jax.params import Params
-
-__all__ = ["BranchResult", "Event", "ParallelDecoder", "Result", "SamplingParams"]
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +82,6 @@ def _check_mesh(config: ModelConfig, mesh: Mesh | None) -> None:
     check_model(config, mesh)
 
 
-def _sampling(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
-    if params is not None and options:
-        raise InputError(f"params and {', '.join(options)} were both given; put everything into params")
-    return SamplingParams(**options) if params is None else params
-
-
 def _free_bytes(device: jax.Device) -> float:
     """Infinity where the device does not tell, as a CPU."""
     memory = device.memory_stats() or {}
@@ -87,11 +91,11 @@ def _free_bytes(device: jax.Device) -> float:
 class ParallelDecoder:
     """Answers many prompts over one background at once, one column of tokens a step.
 
-    `params` as in `pd_jax.model`, of `config` (or as `unstack` has left them); `eos_ids` end a branch. dtype: of
-    weights, activations and cache, "float32" or "bfloat16". visibility and align as in `pd_jax.columns` and
-    `pd_jax.layout`; they should be those of the training. mesh, of `pd_jax.sharding.make_mesh(1, 1, -1)`: weights and
-    cache are split over its devices by heads, mlp and vocabulary. Raises `ValueError` for a setting that is not known
-    and for a mesh that does not divide the model.
+    `params` as in `pd_jax.params`, of `config` (or as `unstack` has left them); `eos_ids` end a branch. dtype: of
+    weights, activations and cache. visibility and align: None takes those of the training, others are said in one line;
+    a sample's own visibility wins. mesh, of `pd_jax.mesh.make_mesh(1, 1, -1)`: weights and cache are split over its
+    devices by heads, mlp and vocabulary. Raises `InputError` for a setting that is not known and for a mesh that does
+    not divide the model.
     """
 
     def __init__(
@@ -101,7 +105,7 @@ class ParallelDecoder:
         tokenizer: Any,
         eos_ids: Sequence[int],
         *,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         visibility: Visibility | None = None,
         align: Align | None = None,
         mesh: Mesh | None = None,
@@ -120,7 +124,9 @@ class ParallelDecoder:
         done = isinstance(params["layers"], list)
         if mesh is not None and not done:
             params = jax.device_put(params, param_shardings(config, mesh))
-        self._weights = params if done else unstack({**params, "layers": dict(params["layers"])}, dtype)
+        self.weights = params if done else unstack({**params, "layers": dict(params["layers"])}, dtype)
+        if mesh is not None:
+            self.weights = jax.device_put(self.weights, decoding_shardings(config, mesh))
         # A model has more rows than its tokenizer has tokens; the rows beyond were never trained.
         known = set(tokenizer.get_vocab().values())
         self._allowed = jnp.array([i in known for i in range(config.vocab_size)])
@@ -130,7 +136,7 @@ class ParallelDecoder:
         cls,
         path_or_hub_id: str | Path,
         adapter: str | Path | None = None,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         visibility: Visibility | None = None,
         align: Align | None = None,
         pair_indices: Sequence[int] | None = None,
@@ -140,7 +146,7 @@ class ParallelDecoder:
         """From a Hugging Face directory, a hub id or a pd_jax checkpoint; `adapter` is a directory merged into it.
 
         pair_indices: for weights that do not say with which RoPE pairs they were trained. With a mesh every device
-        reads its own part of the weights. Raises `ValueError` when something is missing or contradicts what is stored.
+        reads its own part of the weights. Raises `InputError` when something is missing or contradicts what is stored.
         """
         _check_settings(dtype, visibility, align)
         directory = find_model(str(path_or_hub_id), local_files_only)
@@ -158,33 +164,72 @@ class ParallelDecoder:
         settings: dict[str, Any] = {"dtype": dtype, "visibility": visibility, "align": align, "mesh": mesh}
         return cls(config, unstack(params, dtype), tokenizer, eos_ids, **settings)
 
+    def variant(
+        self,
+        *,
+        visibility: Visibility | None = None,
+        align: Align | None = None,
+        eos_ids: Sequence[int] | None = None,
+    ) -> "ParallelDecoder":
+        """A decoder over the same weights with other settings; None keeps this one's."""
+        _check_settings(self.dtype, visibility, align)
+        other = copy.copy(self)
+        other.visibility, other.align = visibility or self.visibility, align or self.align
+        other.eos_ids = self.eos_ids if eos_ids is None else tuple(eos_ids)
+        return other
+
     def generate(
-        self, samples: Sequence[Sample | TokenSample], *, params: SamplingParams | None = None, **options: Any
+        self,
+        samples: Sequence[Sample | TokenSample],
+        *,
+        params: SamplingParams | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> list[Result]:
         """Answer all branches of all samples in one batch; `options` are the fields of `SamplingParams`.
 
         What a branch draws depends on the seed, the sample and its place in it only: a sample that stands twice in a
         call answers the same twice. Ask with several seeds for several answers.
 
-        Raises `ValueError` for no samples, a prompt without tokens, a value out of range, a context longer than
+        Raises `InputError` for no samples, a prompt without tokens, a value out of range, a context longer than
         max_position_embeddings, and a cache that does not fit in the device's memory; all before anything compiles.
         """
         asked = self._tokenise(samples)
-        transcripts = list(self._run(asked, _sampling(params, options), BLOCK))[-1]
+        transcripts: list[list[Transcript]] = []
+        for _, transcripts in self._run(asked, SamplingParams.of(params, options), BLOCK):  # noqa: B007, the last counts
+            pass
         return [
             Result(tuple(t.result() for t in branches), max(t.columns for t in branches), len(sample))
             for sample, branches in zip(asked, transcripts, strict=True)
         ]
 
+    def columns(
+        self,
+        samples: Sequence[Sample | TokenSample],
+        *,
+        params: SamplingParams | None = None,
+        every: int = BLOCK,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[Columns]:
+        """Answer all branches of all samples as `generate` does, and give their token ids as they come: the first
+        column by itself, then up to `every` (at most BLOCK) at once."""
+        for columns, _ in self._run(self._tokenise(samples), SamplingParams.of(params, options), every):
+            yield columns
+
     def stream(
-        self, sample: Sample | TokenSample, *, params: SamplingParams | None = None, **options: Any
+        self,
+        sample: Sample | TokenSample,
+        *,
+        params: SamplingParams | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Iterator[Event]:
         """Answer one sample, column by column, with the arguments, the steps and the answers of `generate`."""
         said = [0] * len(sample.branches)
-        for column, (branches,) in enumerate(self._run(self._tokenise([sample]), _sampling(params, options), 1)):
+        asked = SamplingParams.of(params, options)
+        for columns, (branches,) in self._run(self._tokenise([sample]), asked, 1):
             tokens = tuple(t.ids[-1] if len(t.ids) > n else None for t, n in zip(branches, said, strict=True))
             said = [len(t.ids) for t in branches]
-            yield Event(column, tokens, tuple(t.news() for t in branches), tuple(t.finish_reason for t in branches))
+            texts, reasons = tuple(t.news() for t in branches), tuple(t.finish_reason for t in branches)
+            yield Event(columns.first, tokens, texts, reasons)
 
     def layout(self, samples: Sequence[Sample | TokenSample]) -> Layout:
         """The prompts (and the answers of a `TokenSample`) as rows, one sample a row."""
@@ -193,24 +238,26 @@ class ParallelDecoder:
     def logits(self, layout: Layout | Mapping[str, Any]) -> np.ndarray:
         """float32 [S, T, V] of one forward over `layout`, or over a mapping that has its arrays [S, T].
 
-        Needed are tokens, branch, column, segment and valid; prompt only when the visibility is "prompts".
+        Needed are tokens, branch, column, segment and valid; prompt only when the visibility is "prompts". Samples are
+        seen as their own visibility says, as the decoder's where they have none.
         """
+        given = set(layout.keys())
+        shape = np.shape(layout["tokens"])
         arrays = {name: np.asarray(layout[name]) for name in ("tokens", "branch", "column", "segment", "valid")}
-        if "prompt" in layout.keys():  # noqa: SIM118, a Layout is no mapping
-            arrays["prompt"] = np.asarray(layout["prompt"])
-        elif self.visibility == "prompts":
-            raise InputError("the layout has no array 'prompt', which visibility 'prompts' needs")
-        else:
-            arrays["prompt"] = np.zeros(arrays["tokens"].shape, bool)
-        size = arrays["tokens"].shape[1]
-        width = ((0, 0), (0, bucket(size, SMALLEST_ROW) - size))
+        kind = np.asarray(layout["visibility"]) if "visibility" in given else np.full(shape, -1)
+        kind = np.where(kind < 0, VISIBILITIES.index(self.visibility), kind).astype(np.int32)
+        visibility: RowVisibility = VISIBILITIES[kind.flat[0]] if kind.size and (kind == kind.flat[0]).all() else MIX
+        if "prompt" not in given and visibility in ("prompts", MIX):
+            raise InputError(f"the layout has no array 'prompt', which visibility {visibility!r} needs")
+        arrays |= {"visibility": kind, "prompt": np.asarray(layout["prompt"]) if "prompt" in given else kind < 0}
+        width = ((0, 0), (0, bucket(shape[1], SMALLEST_ROW) - shape[1]))
         arrays = {name: np.pad(array, width) for name, array in arrays.items()}
-        program = Program(self.config, self.visibility, Method())
-        with self._placed():
-            out = row_logits(self._weights, arrays["tokens"], Coordinates.of(arrays), program=program)
-        return np.asarray(out)[:, :size]
+        program = Program(self.config, visibility, Method())
+        with self._on_mesh():
+            out = row_logits(self.weights, arrays["tokens"], Coordinates.of(arrays, visibility), program=program)
+        return np.asarray(out)[:, : shape[1]]
 
-    def _placed(self) -> AbstractContextManager:
+    def _on_mesh(self) -> AbstractContextManager:
         """Programs are compiled for the mesh; entered for every call alone, a generator would leak it to its user."""
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
@@ -225,7 +272,8 @@ class ParallelDecoder:
         out = []
         for i, sample in enumerate(samples):
             if isinstance(sample, Sample):
-                sample = TokenSample(ids(sample.background), [Branch(ids(text)) for text in sample.branches])
+                branches = [Branch(ids(text)) for text in sample.branches]
+                sample = TokenSample(ids(sample.background), branches, sample.visibility)
             empty = [b for b, branch in enumerate(sample.branches) if not len(branch.prompt)]
             if empty or not sample.branches:
                 raise InputError(f"sample {i}: " + (f"prompts {empty} have no tokens" if empty else "no branches"))
@@ -244,7 +292,7 @@ class ParallelDecoder:
             )
         (s, t), n = prompt.tokens.shape, prompt.last.shape[1]
         columns = bucket(int(prompt.limit.max()), BLOCK)
-        devices = self._weights["embed"].devices()
+        devices = self.weights["embed"].devices()
         needed = cache_bytes(self.config, s, t, n, columns, self.dtype) // len(devices)
         log.info("cache of %d rows x (%d tokens + %d columns x %d): %.1f MiB", s, t, columns, n, needed / 2**20)
         free = _free_bytes(next(iter(devices)))
@@ -256,20 +304,21 @@ class ParallelDecoder:
 
     def _run(
         self, samples: Sequence[TokenSample], params: SamplingParams, every: int
-    ) -> Iterator[list[list[Transcript]]]:
-        """Decode; yields all transcripts after the first column and after every `every` (at most BLOCK) more."""
+    ) -> Iterator[tuple[Columns, list[list[Transcript]]]]:
+        """Decode: the first column, then up to `every` (at most BLOCK) at once, and what every branch has said so far
+        (the same transcripts each time, which grow)."""
         limits = branch_limits(samples, params.max_new_tokens)
         prompt = make_prompt(samples, limits, self.align, self.visibility)
         self._check(samples, prompt)
         # A branch must end in the column in which its stop string does: its siblings would see what comes after.
         every = 1 if params.stop else every
-        program = Program(self.config, self.visibility, params.method())
+        program = Program(self.config, row_visibility(samples, self.visibility), params.method())
         controls = params.controls(self.eos_ids, self._allowed)
         decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         transcripts = [[Transcript(decode, self.eos_ids, limit, params.stop) for limit in row] for row in limits]
         slots, branches, room = prompt.tokens.shape[1], prompt.last.shape[1], BLOCK
-        with self._placed():
-            state, token = prefill(self._weights, controls, prompt, program=program, room=room)
+        with self._on_mesh():
+            state, token = prefill(self.weights, controls, prompt, program=program, room=room)
         columns = np.asarray(token)[None]
         count = 0  # columns chosen; all but the last have been fed
         while True:
@@ -278,8 +327,8 @@ class ParallelDecoder:
                     for b, transcript in enumerate(row):
                         if chosen[r, b] >= 0:
                             transcript.push(int(chosen[r, b]), column)
+            yield Columns(count, columns), transcripts
             count += len(columns)
-            yield transcripts
             ended = np.ones(prompt.last.shape, bool)
             for r, row in enumerate(transcripts):
                 ended[r, : len(row)] = [t.finish_reason is not None for t in row]
@@ -287,9 +336,9 @@ class ParallelDecoder:
                 return
             if count > room:
                 room = bucket(min(4 * room, int(prompt.limit[~ended].max()) - 1), BLOCK)
-                with self._placed():
+                with self._on_mesh():
                     state = enlarge(state, slots + room * branches)
             until = min(count + every, room + 1)
-            with self._placed():
-                state, block = decode_block(self._weights, controls, state, ended, np.int32(until), program=program)
+            with self._on_mesh():
+                state, block = decode_block(self.weights, controls, state, ended, np.int32(until), program=program)
             columns = np.asarray(block)[: until - count]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pd_jax.columns import Coordinates
-from pd_jax.config import Align, Visibility
+from pd_jax.config import MIX, Align, RowVisibility, Visibility
 from pd_jax.errors import InputError
 from pd_jax.layout import Branch, TokenSample, answer_columns, bucket, build_layout
 
@@ -15,21 +15,16 @@ SMALLEST_ROW = 32  # tokens; the smallest bucket of a prefill
 
 
 class Prompt(NamedTuple):
-    """Prompts on rows: tokens int32 [S, T], their coordinates, and per branch [S, n] what follows.
+    """S rows with n branches each, n and T rounded up to buckets."""
 
-    last: the place of the branch's last token in its row. first: the column after that. given int32 [S, n, W]: prompt
-    tokens that are not in the row, because siblings answer in their columns; wait: how many. limit: of tokens, given
-    and answered, 0 where there is no branch. stream uint32: beside the seed, what random numbers depend on.
-    """
-
-    tokens: Any
-    coordinates: Coordinates
-    last: Any
-    first: Any
-    given: Any
-    wait: Any
-    limit: Any
-    stream: Any
+    tokens: Any  # int32 [S, T]
+    coordinates: Coordinates  # [S, T]
+    last: Any  # int32 [S, n], the place of the branch's last token in its row
+    first: Any  # int32 [S, n], the column after that
+    forced: Any  # int32 [S, n, W], prompt tokens fed column by column because a sibling already answers there
+    forced_count: Any  # int32 [S, n], their number
+    limit: Any  # int32 [S, n], the most tokens to come, forced and answered; 0 where there is no branch
+    stream: Any  # uint32 [S, n], beside the seed, what random numbers depend on
 
 
 def branch_limits(samples: Sequence[TokenSample], asked: int | Sequence[Sequence[int]]) -> list[list[int]]:
@@ -50,35 +45,46 @@ def branch_limits(samples: Sequence[TokenSample], asked: int | Sequence[Sequence
 def make_prompt(
     samples: Sequence[TokenSample], limits: Sequence[Sequence[int]], align: Align, visibility: Visibility
 ) -> Prompt:
-    """Rows, rounded up to buckets in every axis: rows without tokens and branches without tokens are never seen."""
-    # Where a prompt reaches into columns in which a sibling answers already, and sees it, it cannot be prefilled there.
-    cut = align == "ragged" and visibility == "columns"
+    """Rows, rounded up to buckets in every axis: rows without tokens and branches without tokens are never seen.
+
+    `visibility` is that of the samples that have none of their own.
+    """
     s, n = bucket(len(samples)), bucket(max(len(sample.branches) for sample in samples))
     rows: list[list[TokenSample]] = [[] for _ in range(s)]
-    given: dict[tuple[int, int], Sequence[int]] = {}
+    forced: dict[tuple[int, int], Sequence[int]] = {}
     stream = np.zeros((s, n), np.uint32)
     for r, sample in enumerate(samples):
+        # A prompt cannot be prefilled where it reaches into columns in which a sibling that it sees answers already.
+        cut = align == "ragged" and (sample.visibility or visibility) == "columns"
         shortest = min(len(branch.prompt) for branch in sample.branches) if cut else None
-        rows[r] = [TokenSample(sample.background, [Branch(branch.prompt[:shortest]) for branch in sample.branches])]
+        prompts = [Branch(branch.prompt[:shortest]) for branch in sample.branches]
+        rows[r] = [TokenSample(sample.background, prompts, sample.visibility or visibility)]
         if cut:
-            given |= {(r, b): branch.prompt[shortest:] for b, branch in enumerate(sample.branches)}
+            forced |= {(r, b): branch.prompt[shortest:] for b, branch in enumerate(sample.branches)}
         background = _crc(sample.background)  # nothing of the siblings, the batch or its order
         stream[r, : len(sample.branches)] = [
             _crc((background, _crc(x.prompt), b)) for b, x in enumerate(sample.branches)
         ]
     layout = build_layout(rows, bucket(max(len(row[0]) for row in rows if row), SMALLEST_ROW), align)
-    last, first, wait, limit = (np.zeros((s, n), np.int32) for _ in range(4))
+    last, first, forced_count, limit = (np.zeros((s, n), np.int32) for _ in range(4))
     for r, row in enumerate(rows[: len(samples)]):
         place = np.flatnonzero(layout.branch[r])
         np.maximum.at(last[r], layout.branch[r, place] - 1, place)
         first[r, : len(limits[r])] = answer_columns(row[0], align)
         limit[r, : len(limits[r])] = limits[r]
-    longest = max(map(len, given.values()), default=0)
+    longest = max(map(len, forced.values()), default=0)
     tokens = np.zeros((s, n, bucket(longest, SMALLEST_ROW) if longest else 0), np.int32)
-    for place, ids in given.items():
+    for place, ids in forced.items():
         tokens[place][: len(ids)] = ids
-        wait[place] = len(ids)
-    return Prompt(layout.tokens, Coordinates.of(layout), last, first, tokens, wait, limit + wait, stream)
+        forced_count[place] = len(ids)
+    coordinates = Coordinates.of(layout, row_visibility(samples, visibility))
+    return Prompt(layout.tokens, coordinates, last, first, tokens, forced_count, limit + forced_count, stream)
+
+
+def row_visibility(samples: Sequence[TokenSample], visibility: Visibility) -> RowVisibility:
+    """The visibility of rows that hold these samples: that of all, or "mix" where they differ."""
+    own = {sample.visibility or visibility for sample in samples}
+    return own.pop() if len(own) == 1 else MIX
 
 
 def _crc(ids: Sequence[int]) -> int:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,20 @@ from jax import Array
 from pd_jax.errors import InputError
 
 
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `SamplingParams` as keyword arguments of `generate`, `stream` and `columns`."""
+
+    max_new_tokens: int | Sequence[Sequence[int]]
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    stop: Sequence[str]
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How answers are drawn. Cuts apply in the order of transformers: penalty, temperature, top_k, top_p, min_p.
@@ -20,7 +34,7 @@ class SamplingParams:
     max_new_tokens: for every branch, or one number per branch of every sample as a nested list. do_sample False takes
     the likeliest token. top_k 0, top_p 1 and min_p 0 cut nothing. repetition_penalty looks at the branch's own prompt
     and answer only. stop: strings that end a branch; its text is cut before them, its token_ids are not.
-    Raises `ValueError` for a value out of range.
+    Raises `InputError` for a value out of range.
     """
 
     max_new_tokens: int | Sequence[Sequence[int]] = 32
@@ -46,6 +60,13 @@ class SamplingParams:
         for name, (right, wanted) in checks.items():
             if not right:
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+
+    @classmethod
+    def of(cls, params: "SamplingParams | None", options: SamplingOptions) -> "SamplingParams":
+        """`params`, or those that `options` say. Raises `InputError` when both are given."""
+        if params is not None and options:
+            raise InputError(f"params and {', '.join(options)} were both given; put everything into params")
+        return cls(**options) if params is None else params
 
     def method(self) -> "Method":
         truncate = self.do_sample and (self.top_k > 0 or self.top_p < 1)
@@ -74,16 +95,16 @@ class Method:
 
 
 class Controls(NamedTuple):
-    """The arguments as scalars (other values compile nothing), eos int32 [E], allowed bool [V]: what may be chosen."""
+    """The arguments as arrays, so that other values compile nothing."""
 
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    min_p: Any
-    repetition_penalty: Any
-    seed: Any
-    eos: Any
-    allowed: Any
+    temperature: Any  # float32 scalar
+    top_k: Any  # int32 scalar
+    top_p: Any  # float32 scalar
+    min_p: Any  # float32 scalar
+    repetition_penalty: Any  # float32 scalar
+    seed: Any  # uint32 scalar
+    eos: Any  # int32 [E], the tokens that end a branch
+    allowed: Any  # bool [V], what may be chosen
 
 
 def cut(scores: Array, mass: Array, limit: Array) -> Array:

@@ -26,7 +26,7 @@ from pd_jax.columns import (
     rope_tables,
     sibling_mask,
 )
-from pd_jax.config import ModelConfig, Visibility
+from pd_jax.config import ModelConfig, RowVisibility
 from pd_jax.cpu import attend_from_the_left, on_cpu, times
 from pd_jax.decoding.prompts import Prompt
 from pd_jax.decoding.sampling import Controls, Method, distribution, draw
@@ -34,7 +34,7 @@ from pd_jax.mesh import CACHE_KS_C_H
 from pd_jax.model import block, head, rms_norm
 from pd_jax.params import PROJECTIONS, Params
 
-BLOCK = 32  # columns between two looks of the host, and the smallest room for answers in a cache
+BLOCK = 32  # columns decoded per jitted call; also the first cache size, in columns
 
 
 @dataclass(frozen=True)
@@ -42,34 +42,27 @@ class Program:
     """Everything that a compiled program is specialised for, beside the shapes of its arrays."""
 
     config: ModelConfig
-    visibility: Visibility
+    visibility: RowVisibility
     method: Method
 
 
 @struct.dataclass
 class State:
-    """Decoding between two columns.
+    """Decoding between two columns: S samples, n branches, C cache slots."""
 
-    cache: (k, v), each [K*S, C, H], of every layer; coordinates: of its slots, [S, C]; slot: the first free one, a
-    scalar. count: columns chosen so far, a scalar. Per branch [S, n]: token, chosen last and not fed yet; live: there
-    is such a token; done: no more will be chosen; first, given, wait and limit as in `Prompt`; key, of the random
-    numbers (None when nothing is sampled); seen bool [S, n, V], the branch's own tokens (None when nothing is
-    penalised).
-    """
-
-    cache: list[tuple[Array, Array]]
-    coordinates: Coordinates
-    slot: Array
-    count: Array
-    token: Array
-    live: Array
-    done: Array
-    first: Array
-    given: Array
-    wait: Array
-    limit: Array
-    key: Array | None
-    seen: Array | None
+    cache: list[tuple[Array, Array]]  # k and v of every layer, each [K*S, C, H]
+    coordinates: Coordinates  # [S, C], of the slots
+    slot: Array  # int32 scalar, the first free slot
+    count: Array  # int32 scalar, columns chosen so far
+    token: Array  # int32 [S, n], chosen last and not fed yet
+    live: Array  # bool [S, n], there is such a token
+    done: Array  # bool [S, n], no more will be chosen
+    first: Array  # int32 [S, n], this and the next three as in `Prompt`
+    forced: Array  # int32 [S, n, W]
+    forced_count: Array  # int32 [S, n]
+    limit: Array  # int32 [S, n]
+    key: Array | None  # random keys [S, n]; None when nothing is sampled
+    seen: Array | None  # bool [S, n, V], the branch's own tokens; None when nothing is penalised
 
 
 # --- weights
@@ -107,7 +100,7 @@ def _logits(weights: Params, hidden: Array) -> Array:
 
 
 # --- one forward: of whole rows, of one column
-def _by_heads(array: Array) -> Array:
+def _heads_first(array: Array) -> Array:
     """New k or v [S, T, K, H] in the cache's order, [K*S, T, H]: one axis of heads and samples, the heads outside.
 
     With two axes XLA:CPU merges them for the product; for one branch it then writes the cache twice, and so copies it.
@@ -116,7 +109,7 @@ def _by_heads(array: Array) -> Array:
     return array.transpose(2, 0, 1, 3).reshape(heads * s, t, h)
 
 
-def _placed(cache: Array) -> Array:
+def _over_heads(cache: Array) -> Array:
     """[K*S, C, H] split over the kv heads, where there is a mesh (`jax.set_mesh`)."""
     if jax.sharding.get_abstract_mesh().empty:
         return cache
@@ -178,12 +171,14 @@ def feed(weights: Params, program: Program, state: State) -> tuple[State, Array]
     config = program.config
     s, n = state.token.shape
     # A dead branch is fed too, for its static place; its slot is invalid, so it sees itself and nobody sees it.
+    kind = state.coordinates.visibility  # of a mix: every slot of a row has that of its sample
     here = Coordinates(
         branch=jnp.broadcast_to(jnp.arange(1, n + 1, dtype=jnp.int32), (s, n)),
         column=state.first + state.count - 1,
         segment=jnp.zeros((s, n), jnp.int32),
         valid=state.live,
         prompt=jnp.zeros((s, n), bool),
+        visibility=None if kind is None else jnp.broadcast_to(kind[:, :1], (s, n)),
     )
     coordinates = jax.tree.map(
         lambda all_, new: jax.lax.dynamic_update_slice(all_, new, (0, state.slot)), state.coordinates, here
@@ -198,7 +193,7 @@ def feed(weights: Params, program: Program, state: State) -> tuple[State, Array]
         def attend(q: Array, k: Array, v: Array, sibling_bias: Array | None = None, old=old) -> Array:
             # Written first, attended then: the other way round XLA copies the cache.
             k, v = (
-                _placed(jax.lax.dynamic_update_slice(past, _by_heads(new), (0, state.slot, 0)))
+                _over_heads(jax.lax.dynamic_update_slice(past, _heads_first(new), (0, state.slot, 0)))
                 for past, new in zip(old, (k, v), strict=True)
             )
             cache.append((k, v))
@@ -224,13 +219,13 @@ def feed(weights: Params, program: Program, state: State) -> tuple[State, Array]
 def choose(program: Program, controls: Controls, state: State, scores: Array) -> tuple[State, Array]:
     """The next token of every branch, from its logits [S, n, V]; and what was drawn, int32 [S, n], else -1."""
     scores = distribution(program.method, controls, scores, state.seen)
-    token = draw(scores, state.key, state.count - state.wait)
+    token = draw(scores, state.key, state.count - state.forced_count)
     ended = jnp.any(token[..., None] == controls.eos, axis=-1)
     silent = state.done
-    if state.given.shape[-1]:
-        waits = state.count < state.wait
-        given = jax.lax.dynamic_index_in_dim(state.given, state.count, axis=-1, keepdims=False)
-        token, ended, silent = jnp.where(waits, given, token), ended & ~waits, silent | waits
+    if state.forced.shape[-1]:
+        is_forced = state.count < state.forced_count
+        forced = jax.lax.dynamic_index_in_dim(state.forced, state.count, axis=-1, keepdims=False)
+        token, ended, silent = jnp.where(is_forced, forced, token), ended & ~is_forced, silent | is_forced
     live = ~state.done & ~ended
     count = state.count + 1
     seen = state.seen
@@ -271,7 +266,7 @@ def start(weights: Params, program: Program, prompt: Prompt, seed: Array, room: 
         key = jax.vmap(jax.vmap(partial(jax.random.fold_in, jax.random.key(seed, impl="threefry2x32"))))(prompt.stream)
 
     state = State(
-        cache=[(_placed(widen(_by_heads(k), 1)), _placed(widen(_by_heads(v), 1))) for k, v in kept],
+        cache=[(_over_heads(widen(_heads_first(k), 1)), _over_heads(widen(_heads_first(v), 1))) for k, v in kept],
         coordinates=jax.tree.map(lambda array: widen(array, 1), where),
         slot=jnp.int32(t),
         count=jnp.int32(0),
@@ -279,8 +274,8 @@ def start(weights: Params, program: Program, prompt: Prompt, seed: Array, room: 
         live=jnp.zeros((s, n), bool),
         done=prompt.limit == 0,
         first=prompt.first,
-        given=prompt.given,
-        wait=prompt.wait,
+        forced=prompt.forced,
+        forced_count=prompt.forced_count,
         limit=prompt.limit,
         key=key,
         seen=seen,

@@ -14,12 +14,13 @@ import tiny
 import pd_jax.decoding.decoder
 from pd_jax import ParallelDecoder, Sample, SamplingParams, lora
 from pd_jax.attention import dense_attention
-from pd_jax.config import ALIGNMENTS, LoraConfig, known_config
+from pd_jax.config import ALIGNMENTS, VISIBILITIES, LoraConfig, known_config
 from pd_jax.decoding.answers import Transcript
 from pd_jax.decoding.prompts import make_prompt
 from pd_jax.decoding.sampling import (
     Controls,
     Method,
+    SamplingOptions,
     cut,
     distribution,
     draw,
@@ -113,14 +114,14 @@ def test_incremental_logits_equal_one_forward(visibility):
         layout = ours.layout(FINISHED)
         full = ours.logits(layout)
         prompt = make_prompt(ASKED, [[9] * 3, [9] * 2], align, visibility)
-        state, logits = begin(ours._weights, program, prompt, np.uint32(0), BLOCK)
+        state, logits = begin(ours.weights, program, prompt, np.uint32(0), BLOCK)
         compared = 0
         for column in range(12):
             fed, live = np.zeros((2, 3), np.int32), np.zeros((2, 3), bool)
             for r, sample in enumerate(FINISHED):
                 for b, branch in enumerate(sample.branches):
                     said = [*branch.prompt, *branch.answer]
-                    known = len(branch.prompt) - int(prompt.wait[r, b]) + column  # tokens that the cache holds
+                    known = len(branch.prompt) - int(prompt.forced_count[r, b]) + column  # tokens that the cache holds
                     if known > len(said):
                         continue
                     place = np.flatnonzero(layout.branch[r] == b + 1)[known - 1]
@@ -129,15 +130,15 @@ def test_incremental_logits_equal_one_forward(visibility):
                     if known < len(said):
                         fed[r, b], live[r, b] = said[known], True
             state = dataclasses.replace(state, token=fed, live=live, count=np.int32(column + 1))
-            state, logits = step(ours._weights, program, state)
+            state, logits = step(ours.weights, program, state)
         # Every answer token, the last prompt token of every branch, and the prompt tokens that were not prefilled.
-        assert compared == 14 + 5 + int(prompt.wait.sum())
+        assert compared == 14 + 5 + int(prompt.forced_count.sum())
 
 
 def test_what_a_branch_waits_for_when_siblings_answer_beside_its_prompt():
     prompt = make_prompt(ASKED, [[9] * 3, [9] * 2], "ragged", "columns")
-    assert prompt.wait.tolist() == [[2, 0, 1], [0, 4, 0]]
-    assert make_prompt(ASKED, [[9] * 3, [9] * 2], "ragged", "isolated").wait.max() == 0
+    assert prompt.forced_count.tolist() == [[2, 0, 1], [0, 4, 0]]
+    assert make_prompt(ASKED, [[9] * 3, [9] * 2], "ragged", "isolated").forced_count.max() == 0
 
 
 @pytest.mark.parametrize("align", ALIGNMENTS)
@@ -145,7 +146,7 @@ def test_the_first_token_stands_in_the_answer_column(align):
     prompt = make_prompt(ASKED, [[9] * 3, [9] * 2], align, "columns")
     for r, sample in enumerate(ASKED):
         expected = answer_columns(sample, align)
-        assert (prompt.first + prompt.wait)[r, : len(expected)].tolist() == expected.tolist()
+        assert (prompt.first + prompt.forced_count)[r, : len(expected)].tolist() == expected.tolist()
 
 
 def test_greedy_equals_transformers_on_every_branch_alone(tmp_path):
@@ -215,6 +216,47 @@ def test_a_bias_of_minus_infinity_is_isolated():
     ]
     assert said[0] == said[1]
     assert all(len(branch) == 32 for result in said[0] for branch in result)
+
+
+@pytest.mark.parametrize("align", ["left", "ragged"])
+def test_one_call_mixes_visibilities(align):
+    """Samples with a visibility of their own answer as from a decoder of that visibility, and give its logits."""
+    mixing = decoder(align=align)
+    asked = [dataclasses.replace(sample, visibility=name) for name in VISIBILITIES for sample in ASKED]
+    asked.append(ASKED[0])  # none of its own: the decoder's
+    answers = tokens(mixing.generate(asked, max_new_tokens=6))
+    expected = [tokens(mixing.variant(visibility=name).generate(ASKED, max_new_tokens=6)) for name in VISIBILITIES]
+    assert answers == [*(answer for two in expected for answer in two), expected[0][0]]
+    assert expected[0] != expected[1]
+    layout = mixing.layout(asked)
+    for row, (name, sample) in enumerate((name, sample) for name in VISIBILITIES for sample in ASKED):
+        alone = mixing.variant(visibility=name)
+        size = len(sample)
+        np.testing.assert_allclose(
+            mixing.logits(layout)[row, :size], alone.logits(alone.layout([sample]))[0], atol=2e-5
+        )
+
+
+def test_a_variant_shares_the_weights():
+    first = decoder()
+    other = first.variant(visibility="isolated", align="ragged", eos_ids=(3,))
+    assert (other.visibility, other.align, other.eos_ids) == ("isolated", "ragged", (3,))
+    assert (first.visibility, first.align, first.eos_ids) == ("columns", "left", NEVER)
+    assert all(a is b for a, b in zip(*(jax.tree.leaves(d.weights) for d in (first, other)), strict=True))
+    with pytest.raises(ValueError, match="visibility 'all' is not one of"):
+        first.variant(visibility="all")
+
+
+def test_columns_are_what_generate_says():
+    """One object a step, none of them changed later; joined they are the answers."""
+    steps = list(decoder().columns(ASKED, max_new_tokens=9, every=4))
+    assert [step.first for step in steps] == [0, 1, 5]
+    assert [step.tokens.shape for step in steps] == [(1, 2, 3), (4, 2, 3), (4, 2, 3)]
+    joined = np.concatenate([step.tokens for step in steps])
+    for s, result in enumerate(decoder().generate(ASKED, max_new_tokens=9)):
+        for b, branch in enumerate(result.branches):
+            assert tuple(joined[:, s, b]) == branch.token_ids
+    assert (joined[:, 1, 2:] == -1).all()  # no such branch
 
 
 # --- ends
@@ -376,7 +418,7 @@ def test_narrow_sampling_is_greedy_and_wide_sampling_is_not():
 
 
 def test_ids_without_a_token_are_never_chosen():
-    weights = dict(alone()._weights)
+    weights = dict(alone().weights)
     weights["lm_head"] = weights["lm_head"].at[KNOWN:].multiply(50)
     loud = ParallelDecoder(PLAIN, weights, tiny.tokenizer(), NEVER, visibility="isolated", align="ragged")
     assert loud.logits(loud.layout(ASKED)).argmax(-1).max() >= KNOWN
@@ -409,7 +451,7 @@ def test_the_repetition_penalty_sees_a_branch_alone():
     asked = SamplingParams(repetition_penalty=50.0)
     program = Program(PLAIN, "isolated", asked.method())
     rows = make_prompt([sample, sample], [[9] * 3] * 2, "ragged", "isolated")
-    state, token = prefill(ours._weights, asked.controls(NEVER, ours._allowed), rows, program=program, room=BLOCK)
+    state, token = prefill(ours.weights, asked.controls(NEVER, ours._allowed), rows, program=program, room=BLOCK)
     for b, branch in enumerate(sample.branches):
         assert set(np.flatnonzero(state.seen[0, b])) == {*branch.prompt, int(token[0, b])}
     answers = tokens(ours.generate([sample, sample], max_new_tokens=10, repetition_penalty=50.0))[0]
@@ -428,7 +470,7 @@ def test_other_text_in_the_same_buckets_compiles_nothing(caplog):
             ours.generate(samples, **options)
         return [record.getMessage() for record in caplog.records if "Finished XLA" in record.getMessage()]
 
-    weights = alone()._weights
+    weights = alone().weights
     sample = TokenSample(ids(50, 40), [Branch(ids(51, 3))])  # a bucket that no other test has
     first = compiled([sample], max_new_tokens=5, do_sample=True, top_k=3)
     assert [name for name in ("prefill", "decode_block") if any(f"jit({name})" in line for line in first)] == [
@@ -444,7 +486,7 @@ def test_the_cache_is_predicted_and_stays_in_place():
     ours = alone()
     program, asked = Program(PLAIN, "isolated", Method()), SamplingParams()
     rows = make_prompt(ASKED, [[9] * 3, [9] * 2], "ragged", "isolated")
-    arguments = ours._weights, asked.controls(NEVER, ours._allowed)
+    arguments = ours.weights, asked.controls(NEVER, ours._allowed)
     state, _ = prefill(*arguments, rows, program=program, room=BLOCK)
     predicted = cache_bytes(PLAIN, 2, 32, 3, BLOCK, "float32")
     assert predicted == sum(array.nbytes for pair in state.cache for array in pair)
@@ -475,7 +517,7 @@ def test_a_call_needs_its_weights_its_cache_and_a_tenth(tokens):
 
 def test_bfloat16():
     half = decoder(PLAIN, dtype="bfloat16")
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(half._weights)} == {"bfloat16"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(half.weights)} == {"bfloat16"}
     close = half.logits(half.layout(ASKED)) - decoder(PLAIN).logits(half.layout(ASKED))
     valid = half.layout(ASKED).valid
     assert 0 < np.abs(close[valid]).max() < 0.2
@@ -490,7 +532,7 @@ def test_a_model_over_eight_devices_says_the_same(tmp_path, monkeypatch):
     save_model(tmp_path / "model", params(config), config, source)
     mesh = make_mesh(1, 1, 8)
     ours = ParallelDecoder.from_pretrained(tmp_path / "model", mesh=mesh, local_files_only=True)
-    for weights in (ours._weights, decoder(config, mesh=mesh)._weights):
+    for weights in (ours.weights, decoder(config, mesh=mesh).weights):
         layer = weights["layers"][0]
         split = {name for name, w in layer.items() if {s.data.size for s in w.addressable_shards} == {w.size // 8}}
         assert split == set(PROJECTIONS)
@@ -597,6 +639,10 @@ def test_a_cache_that_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(pd_jax.decoding.decoder, "_free_bytes", lambda device: 1000.0)
     with pytest.raises(ValueError, match=r"the cache takes .* GiB, the device has .* GiB left"):
         decoder().generate(ASKED)
+
+
+def test_options_are_the_fields_of_the_parameters():
+    assert set(SamplingOptions.__annotations__) == {field.name for field in dataclasses.fields(SamplingParams)}
 
 
 def test_controls_are_only_arrays():
