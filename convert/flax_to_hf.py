@@ -66,7 +66,7 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the model need not fit on an accelerator to be exported
     from rich.progress import Progress
 
-    from pd_jax.config import SECTION, read_config_json
+    from pd_jax.config import SECTION
     from pd_jax.files import (
         ADAPTER_CONFIG,
         check_new,
@@ -77,6 +77,7 @@ def main() -> None:
         load_params,
         parse_size,
         read_adapter_config,
+        read_config_json,
         staging,
         write_metadata,
         write_params,

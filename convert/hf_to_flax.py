@@ -25,13 +25,14 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the model need not fit on an accelerator to be converted
     from rich.progress import Progress
 
-    from pd_jax.config import SECTION, read_config_json
+    from pd_jax.config import SECTION
     from pd_jax.files import (
         check_new,
         find_model,
         key_table,
         load_config,
         load_params,
+        read_config_json,
         save_params,
         staging,
         write_metadata,

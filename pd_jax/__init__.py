@@ -11,17 +11,8 @@ if TYPE_CHECKING:
     from pd_jax.decoding import BranchResult, Event, ParallelDecoder, Result, SamplingParams
 
 __version__ = "0.2.0"
-__all__ = [
-    "Branch",
-    "BranchResult",
-    "Event",
-    "Layout",
-    "ParallelDecoder",
-    "Result",
-    "Sample",
-    "SamplingParams",
-    "TokenSample",
-]
+__all__ = ["Branch", "Layout", "Sample", "TokenSample"]
+__all__ += ["BranchResult", "Event", "ParallelDecoder", "Result", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:

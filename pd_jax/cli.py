@@ -29,13 +29,7 @@ from pd_jax.errors import InputError
 T = TypeVar("T")
 
 
-def flag(
-    default: Any,
-    help: str,
-    *,
-    group: str = "options",
-    minimum: float | None = None,
-) -> Any:
+def flag(default: Any, help: str, *, group: str = "options", minimum: float | None = None) -> Any:
     """A dataclass field that is a command-line flag. `minimum` bounds a number from below, inclusively.
 
     Its annotation is int, float, str, bool or a Literal of strings, or a tuple of one, or any of them `| None`.
@@ -153,7 +147,8 @@ def parse(flags: type[T], argv: Sequence[str] | None = None, description: str | 
         wrong = [v for v in (value if isinstance(value, tuple | list) else [value]) if choices and v not in choices]
         if wrong and choices and value is not None:
             raise InputError(f"--{name.replace('_', '-')} {wrong[0]!r} is not one of {', '.join(choices)}")
-        if minimum is not None and value is not None and not value >= minimum:
+        numbers = value if isinstance(value, tuple | list) else [value]
+        if minimum is not None and value is not None and not all(number >= minimum for number in numbers):
             raise InputError(f"{_option(name)} {value} is below {minimum}, the least that makes sense")
     return flags(**values)
 

@@ -5,10 +5,8 @@ mean, so they live in the same `config.json`, under the key `pd_jax`, and travel
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pd_jax.errors import InputError
@@ -284,14 +282,3 @@ def _read_rope(hf: Mapping[str, Any], errors: list[str]) -> tuple[float, Yarn | 
     elif kind == "yarn":
         return theta, Yarn(**{"original_max_position_embeddings": hf.get("max_position_embeddings", 32768)} | rope)
     return theta, None
-
-
-def read_config_json(directory: Path) -> dict[str, Any]:
-    """`directory`/config.json as a dict. Raises `ValueError` when it is absent or not JSON."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise InputError(f"{directory} has no config.json; pass a Hugging Face model directory or a pd_jax checkpoint")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None

@@ -83,7 +83,9 @@ class Layout:
     segment: np.ndarray  # int32, the sample's number in its row; -1 for PAD
     valid: np.ndarray  # bool; False for PAD
     prompt: np.ndarray  # bool; part of a branch's prompt
-    visibility: np.ndarray = field(repr=False)  # int32, the place of the sample's own in `config.VISIBILITIES`; -1: none
+    visibility: np.ndarray = field(
+        repr=False
+    )  # int32, the place of the sample's own in `config.VISIBILITIES`; -1: none
     targets: np.ndarray = field(repr=False)  # int32, the next token of the same branch
     weights: np.ndarray = field(repr=False)  # float32, the target's share in the loss
 

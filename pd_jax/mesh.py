@@ -8,8 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from pd_jax.config import ModelConfig
 from pd_jax.errors import InputError
@@ -92,3 +91,20 @@ def decoding_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     """A tree like the weights of decoding (`pd_jax.decoding.unstack`: a list of layers), of `NamedSharding`s."""
     tree = tree_of(config, lambda weight: NamedSharding(mesh, weight.decoding_spec()))
     return tree | {"layers": [tree["layers"]] * config.num_hidden_layers}
+
+
+def abstract_arrays(shapes: Any, shardings: Any, dtype: Any = None) -> Any:
+    """`jax.ShapeDtypeStruct`s of a tree of shapes in a tree of shardings, all of `dtype` if one is given."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), shapes, shardings)
+
+
+def place_batch(mesh: Mesh, accumulation: int, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows [b * A, T] as global arrays [A, B, T]: dealt out to the micro-batches in turn, so that every
+    micro-batch is the same for any number of processes."""
+    sharding = NamedSharding(mesh, BATCH_ABT)
+    return {
+        name: jax.make_array_from_process_local_data(
+            sharding, np.ascontiguousarray(rows.reshape(-1, accumulation, rows.shape[-1]).swapaxes(0, 1))
+        )
+        for name, rows in batch.items()
+    }

@@ -12,20 +12,28 @@ from jax import Array
 
 from pd_jax.attention import attention_weights, sibling_scores
 from pd_jax.columns import Coordinates, column_mask, rope_tables, sibling_mask
-from pd_jax.config import ModelConfig, RowVisibility
-from pd_jax.model import block
+from pd_jax.config import LoraConfig, ModelConfig, RowVisibility
+from pd_jax.model import block, project
 from pd_jax.params import Params
 
 PLACES = ("background", "own branch", "siblings")  # the last axis of `attention_mass`
 
 
-@partial(jax.jit, static_argnames=("config", "visibility"))
+@partial(jax.jit, static_argnames=("config", "visibility", "lora"))
 def attention_mass(
-    params: Params, config: ModelConfig, tokens: Array, coordinates: Coordinates, visibility: RowVisibility = "columns"
+    params: Params,
+    config: ModelConfig,
+    tokens: Array,
+    coordinates: Coordinates,
+    *,
+    visibility: RowVisibility = "columns",
+    adapters: Params | None = None,
+    lora: LoraConfig | None = None,
 ) -> Array:
     """Mean shares of the attention of tokens that stand in branches, float32 [L, N, 3] in the order of `PLACES`.
 
-    tokens int32 [B, T] with their coordinates. The three shares sum to 1; NaN when no token stands in a branch.
+    tokens int32 [B, T] with their coordinates; adapters and lora as in `model.forward`. The three shares sum to 1; NaN
+    when no token stands in a branch.
     """
     mask = column_mask(coordinates, coordinates, visibility)
     siblings = sibling_mask(coordinates, coordinates)
@@ -34,7 +42,8 @@ def attention_mass(
     asking = (coordinates.valid & (coordinates.branch > 0)).astype(jnp.float32)  # [B, T]
     rope = rope_tables(config, coordinates.branch, coordinates.column)
 
-    def layer_step(x: Array, layer: Params) -> tuple[Array, Array]:
+    def layer_step(x: Array, xs: tuple[Params, Params | None]) -> tuple[Array, Array]:
+        layer, adapter = xs
         seen: list[Array] = []
 
         def attend(q: Array, k: Array, v: Array, sibling_bias: Array | None = None) -> Array:
@@ -43,7 +52,8 @@ def attention_mass(
             seen.append(jnp.einsum("bkgts,btsp,bt->kgp", weights, places, asking) / jnp.sum(asking))
             return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v).reshape(q.shape)
 
-        x = block(config, layer, x, rope=rope, attend=attend)
+        linear = partial(project, layer=layer, adapter=adapter, lora=lora)
+        x = block(config, layer, x, rope=rope, attend=attend, linear=linear)
         return x, seen[0].reshape(config.num_attention_heads, len(PLACES))
 
-    return jax.lax.scan(layer_step, params["embed"][tokens], params["layers"])[1]
+    return jax.lax.scan(layer_step, params["embed"][tokens], (params["layers"], adapters))[1]

@@ -73,20 +73,12 @@ def load(flags: Flags) -> "ParallelDecoder":
     import jax
 
     from pd_jax import ParallelDecoder
-    from pd_jax.files import ADAPTER_CONFIG, find_model, read_adapter_config
+    from pd_jax.files import find_source
 
-    name, adapter = flags.model_name, None
-    directory = find_model(name, flags.local_files_only)
-    if (directory / ADAPTER_CONFIG).is_file():
-        base = flags.base_model or read_adapter_config(directory).get("base_model_name_or_path")
-        if not base:
-            raise InputError(f"{name} does not name the model that it adapts; pass it as --base-model")
-        name, adapter = base, directory
-    elif flags.base_model is not None:
-        raise InputError(f"--base-model {flags.base_model}: {name} is no LoRA adapter; leave --base-model out")
+    model, adapter = find_source(flags.model_name, flags.base_model, flags.local_files_only)
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return ParallelDecoder.from_pretrained(
-        name,
+        model,
         adapter,
         dtype=default if flags.dtype == "auto" else flags.dtype,
         visibility=flags.visibility,

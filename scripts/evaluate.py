@@ -14,7 +14,7 @@ def main() -> None:
     # torch and JAX share the accelerator: JAX must not take most of its memory at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     flags = parse(EvaluateFlags, description=__doc__)
-    from pd_jax.evaluation.run import evaluate  # after parsing: --help does not wait
+    from pd_jax.evaluation import evaluate  # after parsing: --help does not wait
 
     evaluate(flags)
 

@@ -6,7 +6,7 @@ from pd_jax.training import FinetuneFlags
 
 def main() -> None:
     flags = parse(FinetuneFlags, description=__doc__)
-    from pd_jax.training.stages import finetune  # after parsing: --help does not wait for jax
+    from pd_jax.training import finetune  # after parsing: --help does not wait for jax
 
     finetune(flags)
 

@@ -24,17 +24,18 @@ def make_base(out: Path) -> None:
     """Train the base from random weights: with one branch and no branch pairs, an ordinary language model."""
     import jax.numpy as jnp
 
-    from pd_jax.config import ModelConfig, read_config_json
+    from pd_jax.config import ModelConfig
     from pd_jax.data.synthetic import train_tokenizer, write_documents
     from pd_jax.files import (
         load_config,
         load_params,
+        read_config_json,
         staging,
         write_metadata,
         write_params,
         write_untrained,
     )
-    from pd_jax.training.stages import pretrain
+    from pd_jax.training import pretrain
 
     start, trained, documents = out / "start", out / "language-model", out / "documents.jsonl"
     out.mkdir(parents=True, exist_ok=True)

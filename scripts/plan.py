@@ -24,7 +24,7 @@ def main() -> None:
 
     from pd_jax.config import known_config
     from pd_jax.files import load_config
-    from pd_jax.planning.plan import plan_decoding, plan_training, report
+    from pd_jax.planning import plan_decoding, plan_training, report
 
     config = load_config(Path(flags.model)) if Path(flags.model).is_dir() else known_config(flags.model)
     kind = f"LoRA r={flags.lora_r}" if flags.use_lora else "all weights"

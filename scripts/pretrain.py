@@ -6,7 +6,7 @@ from pd_jax.training import PretrainFlags
 
 def main() -> None:
     flags = parse(PretrainFlags, description=__doc__)
-    from pd_jax.training.stages import pretrain  # after parsing: --help does not wait for jax
+    from pd_jax.training import pretrain  # after parsing: --help does not wait for jax
 
     pretrain(flags)
 

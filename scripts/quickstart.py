@@ -13,11 +13,10 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pd_jax.cli import flag, parse, run
 from pd_jax.errors import InputError
-from pd_jax.evaluation import EvaluateFlags
+from pd_jax.evaluation import EvaluateFlags, Results
 from pd_jax.training import FinetuneFlags, PretrainFlags
 
 BASE = Path(__file__).parent / "quickstart-base"
@@ -66,7 +65,7 @@ def make_world(out: Path) -> None:
 
 def train(out: Path) -> None:
     """The world, columnar pretraining and finetuning."""
-    from pd_jax.training.stages import finetune, pretrain
+    from pd_jax.training import finetune, pretrain
 
     make_world(out)
     pretraining, finetuning = stages(out)
@@ -74,9 +73,9 @@ def train(out: Path) -> None:
     finetune(finetuning)
 
 
-def compare(out: Path) -> dict[str, Any]:
+def compare(out: Path) -> Results:
     """The base in transformers against the finetuned model in columns, on the world's held-out people."""
-    from pd_jax.evaluation.run import evaluate
+    from pd_jax.evaluation import evaluate
 
     return evaluate(
         EvaluateFlags(
@@ -96,7 +95,7 @@ def draw(out: Path) -> list[Path]:
     """loss.png, and layout.png and mask.png of an English context (matplotlib's own font has no Chinese), the one
     whose answers differ most in length."""
     from pd_jax.data import squad
-    from pd_jax.evaluation.pictures import draw_layout, draw_losses, draw_mask
+    from pd_jax.evaluation import draw_layout, draw_losses, draw_mask
     from pd_jax.files import load_tokenizer
     from pd_jax.layout import build_layout
 
@@ -111,7 +110,7 @@ def draw(out: Path) -> list[Path]:
     return pictures
 
 
-def report(results: dict[str, Any], pictures: list[Path]) -> None:
+def report(results: Results, pictures: list[Path]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -121,7 +120,8 @@ def report(results: dict[str, Any], pictures: list[Path]) -> None:
         table.add_column(name, justify="right" if name else "left")
     for name, row in summary["rows"].items():
         quality = [f"{row[key]['value'] / 100:.3f}" for key in ("em", "f1")]
-        seconds, forwards = (row["cost"][key] * summary["contexts"] for key in ("seconds", "forwards"))
+        cost = row["cost"]
+        seconds, forwards = ((cost[key] or 0) * summary["contexts"] for key in ("seconds", "forwards"))
         table.add_row(TITLES[name], *quality, str(summary["questions"]), f"{seconds:.1f}", f"{forwards:.0f}")
     console.print(table)
     for note in results["notes"]:

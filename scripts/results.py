@@ -24,7 +24,7 @@ from typing import Any
 
 from pd_jax.cli import flag, parse, run
 from pd_jax.errors import InputError
-from pd_jax.evaluation import EvaluateFlags
+from pd_jax.evaluation import EvaluateFlags, Results
 from pd_jax.training import FinetuneFlags, PretrainFlags
 
 SCRIPTS = Path(__file__).parent
@@ -67,13 +67,12 @@ def stage(out: Path, name: str) -> Generator[None]:
 
 def fit(out: Path, name: str, flags: PretrainFlags | FinetuneFlags) -> None:
     """Pretraining or finetuning to its end. Exits when a signal stopped it."""
-    from pd_jax.training.checkpoints import check_output
-    from pd_jax.training.stages import finetune, pretrain
+    from pd_jax.training import finetune, finished, pretrain
 
-    if check_output(flags):
+    if not finished(flags):
         with stage(out, name):
             pretrain(flags) if isinstance(flags, PretrainFlags) else finetune(flags)
-    if check_output(flags):
+    if not finished(flags):
         raise SystemExit(1)
 
 
@@ -140,9 +139,9 @@ def web_stages(flags: Flags, start: Path) -> tuple[PretrainFlags, FinetuneFlags]
     )
 
 
-def compare(out: Path, columnar: Path, control: Path, data: str, flags: Flags) -> dict[str, dict[str, Any]]:
+def compare(out: Path, columnar: Path, control: Path, data: str, flags: Flags) -> dict[str, Results]:
     """Evaluations: `quality` of our rows on all of `data`, `speed` of all rows on its first contexts."""
-    from pd_jax.evaluation.run import evaluate
+    from pd_jax.evaluation import evaluate
 
     exported = out / "control-hf"
     if not exported.is_dir():
@@ -187,14 +186,12 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 def trained(directory: Path) -> list[str]:
     """Parameters, steps, tokens and loss of a run: what config.json and metrics.jsonl say."""
-    import jax
     import numpy as np
 
     from pd_jax.files import load_config
-    from pd_jax.params import param_shapes
+    from pd_jax.params import parameter_count
 
-    shapes = param_shapes(load_config(directory))
-    size = sum(int(np.prod(s)) for s in jax.tree.leaves(shapes, is_leaf=lambda node: isinstance(node, tuple)))
+    size = parameter_count(load_config(directory))
     logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = np.diff([0, *(m["step"] for m in logged)])
     tokens = sum(steps * [m["tokens_per_second"] * m["seconds_per_step"] for m in logged])
@@ -209,10 +206,9 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def write_page(flags: Flags, out: Path, evaluations: dict[str, dict[str, dict[str, Any]]]) -> None:
+def write_page(flags: Flags, out: Path, evaluations: dict[str, dict[str, Results]]) -> None:
     """Aggregates only: no question, no answer."""
-    from pd_jax.evaluation.report import FOOTNOTE, tables
-    from pd_jax.evaluation.run import write_text
+    from pd_jax.evaluation import FOOTNOTE, tables
 
     machine = next(iter(evaluations.values()))["speed"]["machine"]
     sizes = [field for field in dataclasses.fields(flags) if field.type in (int, float)]
@@ -245,7 +241,7 @@ def write_page(flags: Flags, out: Path, evaluations: dict[str, dict[str, dict[st
             f"## {TITLES[world]}",
             table(["model", "stage", "parameters", "steps", "tokens", "loss, last tenth", "seconds"], lines),
         ]
-        quality, speed = tables(results["quality"]), tables(results["speed"])
+        quality, speed = tables(results["quality"]["summary"]), tables(results["speed"]["summary"])
         for title, header, rows in quality:
             if title.startswith(("EM", "F1")):
                 rows = [line for line in rows if "[" in line[2]]  # others are in the report
@@ -258,7 +254,9 @@ def write_page(flags: Flags, out: Path, evaluations: dict[str, dict[str, dict[st
             table(*speed[2][1:]),
             f"The median of {results['speed']['flags']['repeats']} runs. The evaluations took: {took}.",
         ]
-    write_text(Path(flags.page), "\n\n".join(part.rstrip("\n") for part in [*parts, FOOTNOTE]) + "\n")
+    page = Path(flags.page)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n\n".join(part.rstrip("\n") for part in [*parts, FOOTNOTE]) + "\n", encoding="utf-8")
 
 
 # The runs -------------------------------------------------------------------------------------------------------------
@@ -276,12 +274,12 @@ def make_pair(out: Path, world: str, stages: tuple[PretrainFlags, FinetuneFlags]
     return columnar, control
 
 
-def web(flags: Flags, out: Path) -> dict[str, dict[str, Any]]:
+def web(flags: Flags, out: Path) -> dict[str, Results]:
     pair = make_pair(out, "web", web_stages(flags, make_start(flags, out)))
     return compare(out / "web", *pair, str(flags.eval), flags)
 
 
-def world(flags: Flags, out: Path) -> dict[str, dict[str, Any]]:
+def world(flags: Flags, out: Path) -> dict[str, Results]:
     import quickstart
     from pd_jax.data.synthetic import write_squad
 

@@ -8,18 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from jax.sharding import PartitionSpec as P
 
 from pd_jax.attention import Call, chunked, make_attention, splash
 from pd_jax.attention.select import _announce, per_device, refusal
-from pd_jax.columns import (
-    Coordinates,
-    column_mask,
-    prefix_ends,
-    sibling_mask,
-)
+from pd_jax.columns import Coordinates, column_mask, prefix_ends, sibling_mask
 from pd_jax.config import VISIBILITIES
 from pd_jax.layout import Branch, TokenSample, build_layout
 

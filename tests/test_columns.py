@@ -10,13 +10,7 @@ import pytest
 from examples import SMALL, WORKED, aligns, samples
 from hypothesis import given, settings
 
-from pd_jax.columns import (
-    Coordinates,
-    column_mask,
-    rope_tables,
-    rotate,
-    sibling_mask,
-)
+from pd_jax.columns import Coordinates, column_mask, rope_tables, rotate, sibling_mask
 from pd_jax.config import VISIBILITIES, ModelConfig
 from pd_jax.layout import build_layout
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 from examples import EOS, Q1, Q3, WORKED, B, aligns, samples
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pd_jax.layout import Branch, Sample, TokenSample, answer_columns, bucket, build_layout, fit, pack
 

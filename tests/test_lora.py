@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_checkpoint import convert, make_source, tensors
+from sources import convert, make_source, tensors
 
 from pd_jax.columns import Coordinates
 from pd_jax.config import LORA_TARGETS, SECTION, LoraConfig

@@ -58,8 +58,10 @@ def _sees(query: Array, key: Array) -> Array:
 
 def splash_attention(q: Array, k: Array, v: Array, mask: SplashMask, interpret: bool = False) -> Array:
     """q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]. A row that is not in column-major order becomes NaN."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as infos
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+        splash_attention_mask_info as infos,
+    )
 
     block = block_size(q.shape[1])
     sizes = kernels.BlockSizes(

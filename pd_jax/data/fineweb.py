@@ -20,6 +20,7 @@ def load_documents(
     name: str,
     config: str | None = None,
     split: str = "train",
+    *,
     streaming: bool = False,
     max_samples: int | None = None,
     local_files_only: bool = False,

@@ -4,8 +4,9 @@ A batch is a dict of the arrays of `pd_jax.layout.Layout`, [rows of this process
 returns is JSON and the same on every process, so a run may be resumed with another number of them.
 """
 
+import zlib
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import datasets
@@ -13,24 +14,42 @@ import grain
 import numpy as np
 from absl import flags
 
-from pd_jax.config import Align
+from pd_jax.config import VISIBILITIES, Align, Visibility
 from pd_jax.data.fineweb import Documents, branch_sample
 from pd_jax.errors import InputError
-from pd_jax.layout import (
-    Layout,
-    Objective,
-    TokenSample,
-    build_layout,
-    pack,
-)
+from pd_jax.layout import Layout, Objective, TokenSample, build_layout, pack
 
-Row = dict[str, np.ndarray]
+RowArrays = dict[str, np.ndarray]  # the arrays of a `Layout` of one row, each [T]
 SHUFFLE_WINDOW = 8192  # segments held to shuffle a stream
 
 
-def _lay_out(samples: Sequence[TokenSample], length: int, align: Align, objective: Objective, pad_id: int) -> Row:
-    layout = build_layout([samples], length, align, objective, pad_id)
+@dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """How samples become the rows of a training run."""
+
+    length: int  # tokens of a row
+    align: Align
+    pad_id: int
+    seed: int
+    mix: tuple[float, ...] | None = None  # shares of `VISIBILITIES` that samples draw from; None: none of their own
+
+
+def lay_out(samples: Sequence[TokenSample], objective: Objective, settings: RowSettings) -> RowArrays:
+    """One row of samples, each with a visibility drawn for it where `settings` mix them."""
+    if settings.mix is not None:
+        samples = [
+            replace(sample, visibility=draw_visibility(sample, settings.mix, settings.seed)) for sample in samples
+        ]
+    layout = build_layout([samples], settings.length, settings.align, objective, settings.pad_id)
     return {f.name: layout[f.name][0] for f in fields(Layout)}
+
+
+def draw_visibility(sample: TokenSample, shares: Sequence[float], seed: int) -> Visibility:
+    """By the sample's own tokens and the seed alone: the same in any batch, process or resumed run."""
+    ids = [*sample.background, *(token for branch in sample.branches for token in (*branch.prompt, *branch.answer))]
+    draw = zlib.crc32(np.asarray([seed, *ids], np.uint32).tobytes()) / 2**32
+    place = np.searchsorted(np.cumsum(shares) / np.sum(shares), draw, side="right")
+    return VISIBILITIES[int(place)]
 
 
 class _Stream(grain.IterDataset):
@@ -97,12 +116,10 @@ def _elastic(rows: grain.MapDataset, rows_per_step: int, workers: int) -> grain.
 
 def pretrain_batches(
     segments: Documents,
+    settings: RowSettings,
+    *,
     branch_count: int,
-    seq_length: int,
     rows_per_step: int,
-    seed: int,
-    align: Align,
-    pad_id: int,
     workers: int = 0,
     epochs: int | None = None,
 ) -> grain.DatasetIterator:
@@ -110,13 +127,14 @@ def pretrain_batches(
 
     A streamed data set is read once, in windows of shuffled segments, by every process in full.
     """
-    length = branch_count * seq_length
 
-    def row(group: Sequence[dict[str, Any]]) -> Row:
-        return _lay_out([branch_sample(group)], length, align, "all", pad_id)
+    def row(group: Sequence[dict[str, Any]]) -> RowArrays:
+        return lay_out([branch_sample(group)], "all", settings)
 
     if isinstance(segments, datasets.IterableDataset):
-        stream = grain.experimental.WindowShuffleIterDataset(_Stream(segments), window_size=SHUFFLE_WINDOW, seed=seed)
+        stream = grain.experimental.WindowShuffleIterDataset(
+            _Stream(segments), window_size=SHUFFLE_WINDOW, seed=settings.seed
+        )
         stream = stream.batch(branch_count, drop_remainder=True, batch_fn=row)
         share = grain.sharding.ShardByJaxProcess()
         per_step = stream.batch(rows_per_step, drop_remainder=True)
@@ -130,12 +148,12 @@ def pretrain_batches(
     least = branch_count * (1 if epochs is None else rows_per_step)
     if len(segments) < least:
         raise InputError(
-            f"the documents give {len(segments)} segments of --seq-length {seq_length}, {least} are needed (for "
-            f"{least // branch_count} rows of --branch-count {branch_count}); use more documents, a smaller "
-            "--seq-length or fewer branches"
+            f"the documents give {len(segments)} segments of --seq-length {settings.length // branch_count}, "
+            f"{least} are needed (for {least // branch_count} rows of --branch-count {branch_count}); use more "
+            "documents, a smaller --seq-length or fewer branches"
         )
     source: Any = segments  # indexed by row, as grain wants it
-    rows = grain.MapDataset.source(source).shuffle(seed).batch(branch_count, drop_remainder=True, batch_fn=row)
+    rows = grain.MapDataset.source(source).shuffle(settings.seed).batch(branch_count, drop_remainder=True, batch_fn=row)
     return _elastic(rows.repeat(epochs), rows_per_step, workers)
 
 
@@ -151,16 +169,15 @@ def finetune_rows(sizes: Sequence[int], length: int, epochs: int, seed: int) -> 
 def finetune_batches(
     samples: Sequence[TokenSample],
     rows: list[list[int]],
-    length: int,
+    settings: RowSettings,
+    *,
     rows_per_step: int,
-    align: Align,
-    pad_id: int,
     workers: int = 0,
 ) -> grain.DatasetIterator:
     """`rows` (lists of indices into `samples`) in order; the last batch is filled up with rows of PAD."""
     full = rows + [[]] * (-len(rows) % rows_per_step)
 
-    def row(group: list[int]) -> Row:
-        return _lay_out([samples[i] for i in group], length, align, "answers", pad_id)
+    def row(group: list[int]) -> RowArrays:
+        return lay_out([samples[i] for i in group], "answers", settings)
 
     return _elastic(grain.MapDataset.source(full).map(row), rows_per_step, workers)

@@ -8,20 +8,20 @@ import gzip
 import json
 import urllib.request
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pd_jax.errors import InputError
-from pd_jax.layout import Branch, Sample, TokenSample
+from pd_jax.layout import Branch, Sample, TokenSample, fit
 
 OFFICIAL_URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset/{}-v1.1.json"
 OFFICIAL_FILES = {"train": "train", "validation": "dev"}  # split -> file name, for `rajpurkar/squad`
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
 ADVICE = "pass a local SQuAD file (.json, .json.gz, .jsonl, .jsonl.gz or .parquet) as --dataset-name"
 
-Row = tuple[str, dict[str, Any]]  # where it stands (for messages) and the row in the hub's layout
+Located = tuple[str, dict[str, Any]]  # where a row stands (for messages) and the row in the hub's layout
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Context:
 def load_squad(name: str, split: str = "train", local_files_only: bool = False) -> list[Context]:
     """All contexts of `name`: a local file, a local copy of a hub repository, or a hub id; in the data's order.
 
-    A local file is one split; `split` is ignored then. Raises `ValueError` for a path that is not there, a file that is
+    A local file is one split; `split` is ignored then. Raises `InputError` for a path that is not there, a file that is
     not SQuAD data (which key is missing where), an empty question or answer (with its id), or an unreachable hub.
     """
     path = Path(name)
@@ -100,6 +100,28 @@ def to_tokens(context: Context, tokenizer: Any, end: int) -> TokenSample:
     return TokenSample(ids(background_text(context)), branches)
 
 
+def fitted_samples(
+    contexts: Sequence[Context], tokenizer: Any, end: int, length: int, name: str
+) -> tuple[list[TokenSample], str]:
+    """The samples of `contexts` within `length` tokens, and a line that counts what was shortened and dropped.
+
+    Raises `InputError` when none of data set `name` fits.
+    """
+    whole = [to_tokens(context, tokenizer, end) for context in contexts]
+    fitted = [fit(sample, length) for sample in whole]
+    kept = [sample for sample in fitted if sample is not None]
+    cut = sum(new is not None and new is not old for new, old in zip(fitted, whole, strict=True))
+    if not kept:
+        raise InputError(
+            f"no context of {name} fits --max-length {length}: the shortest needs "
+            f"{min(len(s) - len(s.background) for s in whole)} tokens; raise it or lower --max-branches"
+        )
+    return kept, (
+        f"{name}: {len(kept)} contexts, {sum(len(s.branches) for s in kept)} questions; {cut} backgrounds "
+        f"shortened and {len(whole) - len(kept)} contexts dropped to fit --max-length {length}"
+    )
+
+
 def _get(value: Any, key: str, kind: type, where: str) -> Any:
     """value[key], checked. `where` names the file and the place in it."""
     if not isinstance(value, dict) or key not in value:
@@ -110,7 +132,7 @@ def _get(value: Any, key: str, kind: type, where: str) -> Any:
     return value[key]
 
 
-def _group(rows: Iterable[Row]) -> list[Context]:
+def _group(rows: Iterable[Located]) -> list[Context]:
     """Rows with the same context text become one `Context`, in order of first appearance."""
     titles: dict[str, str] = {}
     questions: dict[str, list[Question]] = {}
@@ -132,7 +154,7 @@ def _group(rows: Iterable[Row]) -> list[Context]:
     return [Context(titles[text], text, tuple(asked)) for text, asked in questions.items()]
 
 
-def _article_rows(articles: list[Any], source: str) -> Iterator[Row]:
+def _article_rows(articles: list[Any], source: str) -> Iterator[Located]:
     """The official nested layout as flat rows."""
     for a, article in enumerate(articles):
         for p, paragraph in enumerate(_get(article, "paragraphs", list, f"{source}: data[{a}]")):
@@ -145,7 +167,7 @@ def _article_rows(articles: list[Any], source: str) -> Iterator[Row]:
                 yield where, {**qa, "title": article.get("title", ""), "context": context, "answers": {"text": texts}}
 
 
-def _file_rows(path: Path) -> Iterable[Row]:
+def _file_rows(path: Path) -> Iterable[Located]:
     """The rows of a local file in either layout."""
     if not path.name.endswith(SUFFIXES):
         raise InputError(f"{path} has no known suffix; {ADVICE}")
@@ -169,18 +191,18 @@ def _file_rows(path: Path) -> Iterable[Row]:
         ) from None
 
 
-def _json_rows(content: Any, source: str) -> Iterable[Row]:
+def _json_rows(content: Any, source: str) -> Iterable[Located]:
     """A JSON value: a list of flat rows, or the official layout."""
     if isinstance(content, list):
         return _numbered(content, source)
     return _article_rows(_get(content, "data", list, source), source)
 
 
-def _numbered(rows: Iterable[Any], source: str) -> Iterator[Row]:
+def _numbered(rows: Iterable[Any], source: str) -> Iterator[Located]:
     return ((f"{source}: row {i}", row) for i, row in enumerate(rows))
 
 
-def _hub_rows(name: str, split: str, local_files_only: bool) -> Iterable[Row]:
+def _hub_rows(name: str, split: str, local_files_only: bool) -> Iterable[Located]:
     """The rows of a hub data set (or a local copy of its repository), else those of the official file.
 
     Offline nothing is tried over the network: `datasets` would retry for half a minute before it gives up.

@@ -30,33 +30,10 @@ from pd_jax.config import (
 from pd_jax.decoding.answers import Columns, Event, Result, Transcript
 from pd_jax.decoding.prompts import SMALLEST_ROW, Prompt, branch_limits, make_prompt, row_visibility
 from pd_jax.decoding.sampling import Method, SamplingOptions, SamplingParams
-from pd_jax.decoding.steps import (
-    BLOCK,
-    Program,
-    cache_bytes,
-    decode_block,
-    enlarge,
-    prefill,
-    row_logits,
-    unstack,
-)
+from pd_jax.decoding.steps import BLOCK, Program, cache_bytes, decode_block, enlarge, prefill, row_logits, unstack
 from pd_jax.errors import InputError
-from pd_jax.files import (
-    find_model,
-    load_adapter,
-    load_config,
-    load_eos_ids,
-    load_params,
-    load_tokenizer,
-)
-from pd_jax.layout import (
-    Branch,
-    Layout,
-    Sample,
-    TokenSample,
-    bucket,
-    build_layout,
-)
+from pd_jax.files import find_model, load_adapter, load_config, load_eos_ids, load_params, load_tokenizer
+from pd_jax.layout import Branch, Layout, Sample, TokenSample, bucket, build_layout
 from pd_jax.lora import merge_kernel
 from pd_jax.mesh import check_model, decoding_shardings, param_shardings
 from pd_jax.params import Params
@@ -65,8 +42,7 @@ log = logging.getLogger(__name__)
 
 
 def _check_settings(dtype: str, visibility: str | None, align: str | None) -> None:
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    check_choice("dtype", dtype, DTYPES)
     check_choice("visibility", visibility or "columns", VISIBILITIES)
     check_choice("align", align or "left", ALIGNMENTS)
 
@@ -165,11 +141,7 @@ class ParallelDecoder:
         return cls(config, unstack(params, dtype), tokenizer, eos_ids, **settings)
 
     def variant(
-        self,
-        *,
-        visibility: Visibility | None = None,
-        align: Align | None = None,
-        eos_ids: Sequence[int] | None = None,
+        self, *, visibility: Visibility | None = None, align: Align | None = None, eos_ids: Sequence[int] | None = None
     ) -> "ParallelDecoder":
         """A decoder over the same weights with other settings; None keeps this one's."""
         _check_settings(self.dtype, visibility, align)
@@ -216,11 +188,7 @@ class ParallelDecoder:
             yield columns
 
     def stream(
-        self,
-        sample: Sample | TokenSample,
-        *,
-        params: SamplingParams | None = None,
-        **options: Unpack[SamplingOptions],
+        self, sample: Sample | TokenSample, *, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
     ) -> Iterator[Event]:
         """Answer one sample, column by column, with the arguments, the steps and the answers of `generate`."""
         said = [0] * len(sample.branches)

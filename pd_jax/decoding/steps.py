@@ -20,12 +20,7 @@ from flax import struct
 from jax import Array
 
 from pd_jax.attention import make_attention
-from pd_jax.columns import (
-    Coordinates,
-    column_mask,
-    rope_tables,
-    sibling_mask,
-)
+from pd_jax.columns import Coordinates, column_mask, rope_tables, sibling_mask
 from pd_jax.config import ModelConfig, RowVisibility
 from pd_jax.cpu import attend_from_the_left, on_cpu, times
 from pd_jax.decoding.prompts import Prompt
@@ -203,12 +198,7 @@ def feed(weights: Params, program: Program, state: State) -> tuple[State, Array]
             return cached_attention(q, k, v, mask, bias)
 
         x = block(
-            config,
-            layer,
-            x,
-            rope=rope,
-            attend=attend,
-            linear=partial(_linear, layer=layer, head_dim=config.head_dim),
+            config, layer, x, rope=rope, attend=attend, linear=partial(_linear, layer=layer, head_dim=config.head_dim)
         )
     hidden = rms_norm(x, weights["norm"], config.rms_norm_eps)
     state = dataclasses.replace(state, cache=cache, coordinates=coordinates, slot=state.slot + n)

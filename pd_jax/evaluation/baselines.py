@@ -1,4 +1,4 @@
-"""The same questions answered by `transformers` in torch: what column decoding is compared with.
+"""The same questions answered by `transformers` in torch, one by one, batched, or in one prompt: the baselines.
 
 Every method decodes greedily, with the prompt token ids (one_prompt: the texts, numbered), the end-of-sequence set and
 the vocabulary of our rows (rows that the tokenizer does not have are never chosen). torch is imported when it is used.
@@ -15,22 +15,17 @@ from pd_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a way of answering made of some contexts.
+    """What a way of answering made of some contexts."""
 
-    ids: answer token ids [context][question], without the end-of-sequence token; ended: there was one. forwards: calls
-    of the model, the prefill included. slots: answers times columns computed, live or dead. prefill_tokens: prompt
-    tokens fed, without padding.
-    """
-
-    ids: list[list[list[int]]]
-    ended: list[list[bool]]
-    forwards: int
-    slots: int
-    prefill_tokens: int
+    ids: list[list[list[int]]]  # answer token ids [context][question], without the end-of-sequence token
+    ended: list[list[bool]]  # [context][question]: there was an end-of-sequence token
+    forwards: int  # calls of the model, the prefill included
+    slots: int  # answers times columns computed, live or dead
+    prefill_tokens: int  # prompt tokens fed, without padding
 
 
 def check_weights(directory: Path) -> None:
-    """Raise `ValueError` when `transformers` cannot read the weights of `directory`."""
+    """Raise `InputError` when `transformers` cannot read the weights of `directory`."""
     if any(directory.glob("*.safetensors")):
         return
     if (directory / "params").is_dir():

@@ -1,10 +1,10 @@
-"""The flags of scripts/evaluate.py."""
+"""The flags of scripts/evaluate.py; only `evaluate` reads them."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from pd_jax.cli import flag
 from pd_jax.config import Align, Dtype
+from pd_jax.evaluation.results import Metric
 
 MODEL, DATA, RUN = "model", "data", "running and saving"
 
@@ -14,8 +14,8 @@ class EvaluateFlags:
     """scripts/evaluate.py"""
 
     base_model: str | None = flag(None, "Hugging Face model of the hf rows: directory or hub id", group=MODEL)
-    ft_model: str | None = flag(None, "model of our rows, or a LoRA adapter (then give --ft-base-model)", group=MODEL)
-    ft_base_model: str | None = flag(None, "model that the adapter --ft-model belongs to", group=MODEL)
+    ft_model: str | None = flag(None, "model of our rows, or a LoRA adapter", group=MODEL)
+    ft_base_model: str | None = flag(None, "what a LoRA adapter belongs to, if not what it names itself", group=MODEL)
     sequential_model: str | None = flag(
         None, "model of the row sequential, say a control finetuned without columns; --ft-model if none", group=MODEL
     )
@@ -37,7 +37,7 @@ class EvaluateFlags:
     max_branches: int = flag(3, "at most this many questions a context, beside the background", group=DATA, minimum=1)
     min_questions: int = flag(2, "contexts with fewer questions are left out", group=DATA, minimum=1)
     max_eval_samples: int = flag(64, "contexts", group=DATA, minimum=1)
-    metric: Literal["squad", "cmrc"] = flag("squad", "squad: words, English; cmrc: characters, Chinese", group=DATA)
+    metric: Metric = flag("squad", "squad: words, English; cmrc: characters, Chinese", group=DATA)
     max_new_tokens: int = flag(32, "tokens an answer, at most", group=RUN, minimum=1)
     batch_size: int = flag(
         1, "contexts answered at once (one question at a time where rows are serial)", group=RUN, minimum=1

@@ -5,11 +5,11 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from pd_jax.data.squad import Context
+from pd_jax.evaluation.results import Cost, Estimate, Metric, Quality, Record, Recorded, RowSummary, Summary
 
 RESAMPLES = 2000  # bootstrap draws
 FEWEST = 10  # contexts for an interval; a bootstrap of fewer is too narrow
@@ -46,7 +46,7 @@ def _f1(gold: list[str], predicted: list[str], shared: int) -> float:
     return 2 * shared / (len(gold) + len(predicted))
 
 
-def score(prediction: str, answers: Sequence[str], metric: str = "squad") -> tuple[float, float]:
+def score(prediction: str, answers: Sequence[str], metric: Metric = "squad") -> tuple[float, float]:
     """(exact match, F1), each in 0..1, against the best of the gold answers.
 
     squad: normalised text, F1 over the bag of words. cmrc: punctuation removed, F1 over the longest common run of
@@ -70,7 +70,7 @@ def answer_of(text: str) -> str:
     return text.strip().split("\n")[0].strip()
 
 
-def leaks(context: Context, index: int, metric: str = "squad") -> bool:
+def leaks(context: Context, index: int, metric: Metric = "squad") -> bool:
     """Whether a gold answer of question `index` occurs in a sibling's question or gold answers."""
 
     def flat(text: str) -> str:
@@ -88,7 +88,7 @@ def _draws(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
 
 
-def estimate(scores: np.ndarray, context: np.ndarray, reference: int, seed: int) -> list[dict[str, Any]]:
+def estimate(scores: np.ndarray, context: np.ndarray, reference: int, seed: int) -> list[Estimate]:
     """Means in percent with 95 % intervals, and paired differences to row `reference`, from a bootstrap by context.
 
     scores [rows, questions] in 0..1, context [questions]: which context each question is about. Questions of one
@@ -117,9 +117,9 @@ def estimate(scores: np.ndarray, context: np.ndarray, reference: int, seed: int)
     ]
 
 
-def summarize(results: dict[str, Any]) -> dict[str, Any]:
+def summarize(recorded: Recorded) -> Summary:
     """The table from what was recorded; a pure function of results.json."""
-    flags, contexts, records = results["flags"], results["contexts"], results["rows"]
+    flags, contexts, records = recorded["flags"], recorded["contexts"], recorded["rows"]
     questions = [(c, b, q) for c, context in enumerate(contexts) for b, q in enumerate(context["questions"])]
     context, branch = np.array([c for c, _, _ in questions]), np.array([b for _, b, _ in questions])
     width = np.array([len(contexts[c]["questions"]) for c in context])
@@ -133,44 +133,50 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
     names = list(records)
     reference = names.index(flags["against"] or names[0])
 
-    def quality(keep: np.ndarray) -> list[dict[str, Any]]:
+    def quality(keep: np.ndarray) -> list[Quality]:
+        """Of every row, on the questions to `keep`: bool [questions]."""
         if not keep.any():
             return [{"questions": 0} for _ in names]
         em, f1 = (estimate(part[:, keep], context[keep], reference, flags["seed"]) for part in scores)
         return [{"questions": int(keep.sum()), "em": e, "f1": f} for e, f in zip(em, f1, strict=True)]
 
-    parts = {
-        "all": quality(np.ones(len(questions), bool)),
-        "leak_free": quality(free),
-        "branches": {int(k): quality(width == k) for k in np.unique(width)},
-        "index": {int(b) + 1: quality(branch == b) for b in np.unique(branch)},
-    }
-    rows = {}
+    whole, leak_free = quality(np.ones(len(questions), bool)), quality(free)
+    branches = {int(k): quality(width == k) for k in np.unique(width)}
+    index = {int(b) + 1: quality(branch == b) for b in np.unique(branch)}
+    rows: dict[str, RowSummary] = {}
     for r, name in enumerate(names):
-        by_width = {k: [x for x in records[name] if len(x["answers"]) == k] for k in parts["branches"]}
+        by_width = {k: [x for x in records[name] if len(x["answers"]) == k] for k in branches}
         rows[name] = {
-            **parts["all"][r],
-            "leak_free": parts["leak_free"][r],
+            **whole[r],
+            "leak_free": leak_free[r],
             "cost": _cost(records[name]),
-            "by_branches": {k: {**q[r], "cost": _cost(by_width[k])} for k, q in parts["branches"].items()},
-            "by_index": {k: q[r] for k, q in parts["index"].items()},
+            "by_branches": {k: {**q[r], "cost": _cost(by_width[k])} for k, q in branches.items()},
+            "by_index": {k: q[r] for k, q in index.items()},
         }
     return {"reference": names[reference], "contexts": len(contexts), "questions": len(questions), "rows": rows}
 
 
-def _cost(records: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Means a context; tokens_per_second counts answer tokens only, dead is a share of slots."""
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
-    def mean(key: str) -> float | None:
-        values = [record[key] for record in records]
-        return None if None in values else sum(values) / len(values)
 
-    tokens, seconds, slots = mean("tokens"), mean("seconds"), mean("slots")
-    live = sum(record["tokens"] + sum(record["ended"]) for record in records) / len(records)
-    peaks = [record["peak_bytes"] for record in records if record["peak_bytes"] is not None]
+def _measured(values: Sequence[float | None]) -> float | None:
+    """The mean, if all were measured."""
+    known = [value for value in values if value is not None]
+    return _mean(known) if len(known) == len(values) else None
+
+
+def _cost(records: Sequence[Record]) -> Cost:
+    tokens, slots = _mean([r["tokens"] for r in records]), _mean([r["slots"] for r in records])
+    live = _mean([r["tokens"] + sum(r["ended"]) for r in records])
+    seconds = _measured([r["seconds"] for r in records])
     return {
-        **{key: mean(key) for key in ("forwards", "columns", "prefill_tokens", "seconds", "first_token_seconds")},
-        "tokens_per_second": tokens / seconds if tokens is not None and seconds else None,
+        "forwards": _mean([r["forwards"] for r in records]),
+        "columns": _mean([r["columns"] for r in records]),
+        "prefill_tokens": _mean([r["prefill_tokens"] for r in records]),
+        "seconds": seconds,
+        "first_token_seconds": _measured([r["first_token_seconds"] for r in records]),
+        "tokens_per_second": tokens / seconds if seconds else None,
         "dead": 1 - live / slots if slots else None,
-        "peak_bytes": max(peaks, default=None),
+        "peak_bytes": max((r["peak_bytes"] for r in records if r["peak_bytes"] is not None), default=None),
     }

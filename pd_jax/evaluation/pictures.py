@@ -1,4 +1,4 @@
-"""Pictures as PNG files: loss curves, a layout (columns by branches) and its mask, a benchmark of decoding."""
+"""Pictures as PNG files: loss curves, a layout (columns by branches) and its mask."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -85,30 +85,4 @@ def draw_mask(layout: Layout, path: Path, visibility: Visibility = "columns", ro
     axes.imshow(relation, cmap=ListedColormap(["white", COLOURS[0], OWN, SIBLING]), vmin=0, vmax=3)
     axes.set(xlabel="key token", ylabel="query token")
     _legend(plt, axes, {"background": COLOURS[0], "own branch": OWN, "sibling": SIBLING})
-    _save(plt, figure, path)
-
-
-def draw_decoding(measured: Mapping[str, Any], path: Path) -> None:
-    """What `scripts/benchmark.py decode` has measured: milliseconds a column (above) and tokens a second of whole calls
-    (below) against branches, a panel for every length of the background; the longest answers that were timed."""
-    plt = _pyplot()
-    longest = max(row["new_tokens"] for row in measured["rows"])
-    rows = [row for row in measured["rows"] if row["new_tokens"] == longest]
-    lengths, names, counts = (sorted({row[key] for row in rows}) for key in ("background", "contender", "branches"))
-    figure, panels = plt.subplots(2, len(lengths), figsize=(4.5 * len(lengths), 7), squeeze=False, sharey="row")
-    for across, length in enumerate(lengths):
-        for axes, key, label in zip(
-            panels[:, across], ("column_ms", "tokens_per_second"), ("ms a column", "tokens a second"), strict=True
-        ):
-            for name in names:
-                points = [(r["branches"], r[key]) for r in rows if (r["background"], r["contender"]) == (length, name)]
-                points = [(n, y) for n, y in sorted(points) if y is not None and y > 0]
-                style = "--" if name.startswith("transformers") else "-"
-                if points:
-                    axes.plot(*zip(*points, strict=True), style, marker="o", label=name)
-            axes.set(xscale="log", yscale="log", xlabel="branches", ylabel=label, title=f"background {length}")
-            axes.set_xticks(counts, [str(n) for n in counts])
-            axes.grid(alpha=0.3)
-    panels[0, 0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{measured['model']} {measured['dtype']}, {measured['device']}, {measured['threads']} threads")
     _save(plt, figure, path)

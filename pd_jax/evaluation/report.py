@@ -6,12 +6,16 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-Rows = dict[str, dict[str, Any]]
+from pd_jax.evaluation.results import Quality, Results, RowSummary, Summary
+
+TextTable = tuple[str, list[str], list[list[str]]]  # title, header, lines
+Score = Literal["em", "f1"]
+SCORES: tuple[Score, ...] = ("em", "f1")
 
 FOOTNOTE = (
     "In brackets: 95 % intervals, paired bootstrap by context; none from fewer than 10 contexts. Cost is that of a "
@@ -23,7 +27,7 @@ def _number(value: float | None, form: str = ".1f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def _estimate(part: dict[str, Any], key: str) -> str:
+def _estimate(part: Quality, key: Score) -> str:
     """`value [low, high]` of one estimate; "-" where no question belongs to the part."""
     if key not in part:
         return "-"
@@ -31,24 +35,23 @@ def _estimate(part: dict[str, Any], key: str) -> str:
     return f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else f"{value:.1f}"
 
 
-def _difference(part: dict[str, Any], key: str) -> str:
+def _difference(part: Quality, key: Score) -> str:
     if key not in part:
         return "-"
     value, interval = part[key]["difference"], part[key]["difference_interval"]
     return f"{value:+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]" if interval else f"{value:+.1f}"
 
 
-def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, header, lines) of every table."""
-    summary = results["summary"]
-    rows: Rows = summary["rows"]
+def tables(summary: Summary) -> list[TextTable]:
+    """Quality, quality without leaks, cost; then EM and F1 by the number of branches and by the index of a branch."""
+    rows = summary["rows"]
     first = next(iter(rows.values()))
     against = f"against {summary['reference']}"
     quality = ["row", "EM %", f"EM {against}", "F1 %", f"F1 {against}"]
 
-    def lines(part: Callable[[dict[str, Any]], dict[str, Any]]) -> list[list[str]]:
+    def lines(part: Callable[[RowSummary], Quality]) -> list[list[str]]:
         return [
-            [name, *(f(part(row), key) for key in ("em", "f1") for f in (_estimate, _difference))]
+            [name, *(f(part(row), key) for key in SCORES for f in (_estimate, _difference))]
             for name, row in rows.items()
         ]
 
@@ -66,7 +69,7 @@ def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
     ]
     header = ["row", "forwards", "columns", "prefill tok", "seconds", "tok/s", "first tok s", "peak MiB", "dead"]
 
-    def by(part: str, what: str) -> list[tuple[str, list[str], list[list[str]]]]:
+    def by(part: Literal["by_branches", "by_index"], what: str) -> list[TextTable]:
         """EM and F1 by a number; one line a number, the rows side by side, then their differences."""
         others = [name for name in rows if name != summary["reference"]]
         return [
@@ -83,7 +86,7 @@ def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
                     for k, group in first[part].items()
                 ],
             )
-            for key in ("em", "f1")
+            for key in SCORES
         ]
 
     return [
@@ -99,11 +102,11 @@ def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
     ]
 
 
-def print_table(results: dict[str, Any], console: Console) -> None:
+def print_table(summary: Summary, console: Console) -> None:
     """The tables of quality and cost; in a pipe they are as wide as they need to be."""
     if not console.is_terminal:
         console = Console(width=140, file=console.file)
-    for title, header, lines in tables(results)[:3]:
+    for title, header, lines in tables(summary)[:3]:
         table = Table(title=title, title_justify="left")
         for i, name in enumerate(header):
             table.add_column(name, justify="right" if i else "left")
@@ -113,7 +116,7 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     console.print(FOOTNOTE, soft_wrap=True)
 
 
-def _plots(results: dict[str, Any]) -> list[bytes]:
+def _plots(rows: dict[str, RowSummary]) -> list[bytes]:
     """PNGs: EM by row with intervals, speed against the number of branches, EM by branch index."""
     import matplotlib
 
@@ -121,7 +124,6 @@ def _plots(results: dict[str, Any]) -> list[bytes]:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    rows: Rows = results["summary"]["rows"]
     pictures = []
 
     def save(figure: Any) -> None:
@@ -144,19 +146,25 @@ def _plots(results: dict[str, Any]) -> list[bytes]:
     )
     save(figure)
 
-    def curves(part: str, value: Callable[[dict[str, Any]], float | None], x: str, y: str) -> None:
+    def curves(points: Callable[[RowSummary], dict[int, float | None]], x: str, y: str) -> None:
         figure, axes = plt.subplots(figsize=(7, 4))
         for name, row in rows.items():
-            points = [(int(k), value(v)) for k, v in row[part].items() if value(v) is not None]
-            axes.plot(*zip(*points, strict=True), "o-", label=name)
+            known = [(int(k), value) for k, value in points(row).items() if value is not None]
+            axes.plot(*zip(*known, strict=True), "o-", label=name)
         axes.set(xlabel=x, ylabel=y, ylim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
         save(figure)
 
     if all(row["cost"]["seconds"] is not None for row in rows.values()):
-        curves("by_branches", lambda v: v["cost"]["tokens_per_second"], "branches", "answer tokens a second")
-    curves("by_index", lambda v: v["em"]["value"], "branch index", "exact match, %")
+        curves(
+            lambda row: {k: part["cost"]["tokens_per_second"] for k, part in row["by_branches"].items()},
+            "branches",
+            "answer tokens a second",
+        )
+    curves(
+        lambda row: {k: part["em"]["value"] for k, part in row["by_index"].items()}, "branch index", "exact match, %"
+    )
     return pictures
 
 
@@ -173,11 +181,14 @@ table { border-collapse: collapse } th, td { padding: .2em .7em; text-align: rig
 th:first-child, td:first-child { text-align: left } img { max-width: 100%; display: block }"""
 
 
-def write_report(results: dict[str, Any], path: Path) -> None:
+def write_report(results: Results, path: Path) -> None:
     """One HTML file that needs nothing else."""
     facts = {"flags": results["flags"], **results["machine"], "settings": results["settings"]}
-    parts = [_html_table(*table) for table in tables(results)]
-    pictures = [f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">' for png in _plots(results)]
+    parts = [_html_table(*table) for table in tables(results["summary"])]
+    pictures = [
+        f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        for png in _plots(results["summary"]["rows"])
+    ]
     notes = [f"<p>Note: {html.escape(note)}.</p>" for note in results["notes"]]
     lines = [[name, json.dumps(value, ensure_ascii=False)] for name, value in facts.items()]
     path.write_text(

@@ -1,55 +1,181 @@
-"""The ways of answering that an evaluation compares, each a row of its table.
+"""The ways of answering that an evaluation compares, and the rows of its table: a way with the model that answers.
 
-A row is named by its way of answering, or WAY=MODEL: that way with a model of its own, say a control beside the model
-under test. Every row gets the same prompt token ids, dtype, device, end-of-sequence set and number of new tokens, and
-decodes greedily. The hf rows are plain transformers; the others are ours.
+A row is asked for by its way, or as WAY=MODEL: that way with a model of its own, say a control beside the model under
+test. Every row gets the same prompt token ids, dtype, device, end-of-sequence set and number of new tokens, and decodes
+greedily. The hf ways are plain transformers; the others are ours.
 """
 
 import functools
 import gc
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pd_jax.config import Align, Visibility
+from pd_jax.config import Align, Dtype, ModelConfig, Visibility
 from pd_jax.data.squad import Context, to_tokens
 from pd_jax.errors import InputError
 from pd_jax.evaluation.baselines import Decoded, Transformers, check_weights
-from pd_jax.evaluation.flags import EvaluateFlags
 from pd_jax.layout import Branch, TokenSample
 
-HF_ROWS = ("hf-sequential", "hf-batched", "hf-one-prompt")
-OUR_ROWS = ("sequential", "isolated", "prompts", "columns")
-ROWS = (*HF_ROWS, *OUR_ROWS)
-SERIAL_ROWS = ("hf-sequential", "hf-one-prompt", "sequential")  # one answer after the other
+if TYPE_CHECKING:
+    from pd_jax.decoding import ParallelDecoder
+    from pd_jax.files import ModelSource
 
-Row = Callable[[Sequence[Context], int, int | None], Decoded]  # contexts, max_new_tokens, turns -> answers
-
-
-def way(name: str) -> str:
-    """The way of answering of row `name`."""
-    return name.partition("=")[0]
+Answerer = Callable[[Sequence[Context], int, int | None], Decoded]  # contexts, max_new_tokens, turns -> answers
 
 
-def decoded_as(name: str, align: Align) -> tuple[Visibility, Align]:
-    """Visibility and alignment of one of our rows; `align` is that of the rows prompts and columns."""
-    how = way(name)
-    return (how, align) if how == "prompts" or how == "columns" else ("isolated", "ragged")
+@dataclass(frozen=True)
+class Way:
+    """A way of answering."""
+
+    name: str
+    visibility: Visibility | None = None  # that we decode with; None: transformers answers
+    serial: bool = False  # one answer after the other
+
+    @property
+    def hf(self) -> bool:
+        return self.visibility is None
+
+    def align(self, config: ModelConfig, asked: Align | None) -> Align:
+        """The alignment that we decode with; `asked` is for prompts and columns, else it is that of the training."""
+        return "ragged" if self.visibility == "isolated" else asked or config.decoded_as[1]
+
+
+WAYS = {
+    way.name: way
+    for way in (
+        Way("hf-sequential", serial=True),
+        Way("hf-batched"),
+        Way("hf-one-prompt", serial=True),
+        Way("sequential", "isolated", serial=True),
+        Way("isolated", "isolated"),
+        Way("prompts", "prompts"),
+        Way("columns", "columns"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """A row of the table."""
+
+    name: str  # as it was asked for and as the table shows it: WAY or WAY=MODEL
+    way: Way
+    model: str  # that answers: directory or hub id
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all rows answer under."""
+
+    max_new_tokens: int  # tokens an answer, at most
+    batch_size: int  # contexts answered at once
+    repeats: int  # timed runs of each batch; 0: answers only
+    dtype: Dtype  # of weights and activations
+    align: Align | None  # of prompts and columns; None: as each model was trained, else left
+    pair_indices: tuple[int, ...] | None  # RoPE pairs of our rows, if none are stored
+
+
+def torch_device() -> str:
+    """The name that torch has for JAX's device ("tpu": none)."""
+    import jax
+
+    return "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
+
+
+# Which rows -----------------------------------------------------------------------------------------------------------
+
+
+def default_models(base: str | None, ft: str | None, sequential: str | None) -> dict[str, str | None]:
+    """By way: the model of a row that names none. From --base-model, --ft-model, --sequential-model."""
+    models = {name: base if way.hf else ft for name, way in WAYS.items()}
+    return models | {"sequential": sequential or ft}
+
+
+def _flags_of(way: Way) -> str:
+    """The flags that give a way its model."""
+    return "--base-model" if way.hf else "--sequential-model or --ft-model" if way.serial else "--ft-model"
+
+
+def parse_rows(asked: Sequence[str], models: Mapping[str, str | None]) -> list[RowSpec]:
+    """The rows `asked` for as WAY or WAY=MODEL, in the table's order; none: all that `models` allow.
+
+    Raises `InputError` for a way that does not exist, and when a row asked for lacks its model.
+    """
+    parts = {name: name.partition("=") for name in asked or WAYS}
+    unknown = [name for name, (way, equals, own) in parts.items() if way not in WAYS or (equals and not own)]
+    if unknown:
+        raise InputError(f"--rows {' '.join(unknown)}: no such row; choose from {' '.join(WAYS)}, or ROW=MODEL")
+    specs = []
+    for name, (way, _, own) in parts.items():
+        model = own or models[way]
+        if model is not None:
+            specs.append(RowSpec(name, WAYS[way], model))
+        elif asked:
+            raise InputError(f"row {name} needs {_flags_of(WAYS[way])}")
+    order = list(WAYS.values())
+    return sorted(specs, key=lambda spec: order.index(spec.way))
+
+
+def _hf_obstacle() -> str | None:
+    """Why the hf rows cannot run here."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed (pip install 'pd_jax[hf]')"
+    device = torch_device()
+    if device != "cpu":
+        import torch
+
+        if device != "cuda" or not torch.cuda.is_available():
+            return f"torch cannot use the {device} that jax uses (JAX_PLATFORMS=cpu compares both on the CPU)"
+    return None
+
+
+def choose_rows(asked: Sequence[str], models: Mapping[str, str | None]) -> tuple[list[RowSpec], list[str]]:
+    """(the rows to run, lines about those that cannot); see `parse_rows`. Raises `InputError` when none is left."""
+    specs, notes = parse_rows(asked, models), []
+    obstacle = _hf_obstacle() if any(spec.way.hf for spec in specs) else None
+    if obstacle is not None:
+        notes.append(f"the hf rows are skipped: {obstacle}")
+        specs = [spec for spec in specs if not spec.way.hf]
+    if not specs:
+        raise InputError("; ".join(["nothing to run: give --base-model (hf rows) or --ft-model (our rows)", *notes]))
+    return specs, notes
+
+
+# Their models ---------------------------------------------------------------------------------------------------------
+
+
+def find_sources(specs: Sequence[RowSpec], adapted: str | None, local_files_only: bool) -> "dict[RowSpec, ModelSource]":
+    """Where every row's weights are, found and checked before anything is loaded.
+
+    `adapted` is the model that adapters belong to, if not the one that they name. Raises `InputError` when it is given
+    and there is no adapter, and for a model that cannot be found or read.
+    """
+    from pd_jax.files import ADAPTER_CONFIG, ModelSource, find_model, find_source
+
+    sources = {}
+    for spec in specs:
+        directory = find_model(spec.model, local_files_only)
+        if spec.way.hf:
+            check_weights(directory)
+            sources[spec] = ModelSource(directory)
+        else:
+            base = adapted if (directory / ADAPTER_CONFIG).is_file() else None
+            sources[spec] = find_source(spec.model, base, local_files_only, flag="--ft-base-model")
+    if adapted is not None and not any(source.adapter for source in sources.values()):
+        ours = " ".join(dict.fromkeys(spec.model for spec in specs if not spec.way.hf))
+        raise InputError(f"--ft-base-model {adapted} is given, but there is no adapter among our rows' models: {ours}")
+    return sources
+
+
+# Answering ------------------------------------------------------------------------------------------------------------
 
 
 def answer_in_columns(
-    decoder: Any,
-    visibility: str,
-    align: str,
-    serial: bool,
-    contexts: Sequence[Context],
-    max_new_tokens: int,
-    turns: int | None = None,
+    decoder: "ParallelDecoder", serial: bool, contexts: Sequence[Context], max_new_tokens: int, turns: int | None = None
 ) -> Decoded:
     """Our rows: all branches of all contexts at once, or (`serial`) one question at a time."""
-    decoder.visibility, decoder.align = visibility, align
     samples = []
     for context in contexts:
         sample = to_tokens(context, decoder.tokenizer, decoder.eos_ids[0])
@@ -71,119 +197,41 @@ def answer_in_columns(
     )
 
 
-def torch_device() -> str:
-    """The name that torch has for JAX's device ("tpu": none)."""
-    import jax
-
-    return "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
-
-
-def _hf_obstacle() -> str | None:
-    """Why the hf rows cannot run here."""
-    if importlib.util.find_spec("torch") is None:
-        return "torch is not installed (pip install 'pd_jax[hf]')"
-    device = torch_device()
-    if device != "cpu":
-        import torch
-
-        if device != "cuda" or not torch.cuda.is_available():
-            return f"torch cannot use the {device} that jax uses (JAX_PLATFORMS=cpu compares both on the CPU)"
-    return None
-
-
-def choose_rows(flags: EvaluateFlags) -> tuple[list[str], list[str]]:
-    """(the rows to run, lines about those that cannot). Raises `ValueError` when a row asked for lacks its model."""
-    unknown = [name for name in flags.rows if way(name) not in ROWS or name.endswith("=")]
-    if unknown:
-        raise InputError(f"--rows {' '.join(unknown)}: no such row; choose from {' '.join(ROWS)}, or ROW=MODEL")
-    models = dict.fromkeys(HF_ROWS, ("--base-model", flags.base_model))
-    models |= dict.fromkeys(("isolated", "prompts", "columns"), ("--ft-model", flags.ft_model))
-    models["sequential"] = ("--sequential-model or --ft-model", flags.sequential_model or flags.ft_model)
-    for name in flags.rows:
-        if name in ROWS and models[name][1] is None:
-            raise InputError(f"row {name} needs {models[name][0]}")
-    names = [name for name in dict.fromkeys(flags.rows or ROWS) if name not in ROWS or models[name][1] is not None]
-    names.sort(key=lambda name: ROWS.index(way(name)))
-    notes = []
-    obstacle = _hf_obstacle() if any(way(name) in HF_ROWS for name in names) else None
-    if obstacle is not None:
-        notes.append(f"the hf rows are skipped: {obstacle}")
-        names = [name for name in names if way(name) not in HF_ROWS]
-    if not names:
-        raise InputError("; ".join(["nothing to run: give --base-model (hf rows) or --ft-model (our rows)", *notes]))
-    if flags.against is not None and flags.against not in names:
-        raise InputError(f"--against {flags.against} is not one of the rows that run: {' '.join(names)}")
-    return names, notes
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a row's weights are: a model directory and perhaps an adapter that belongs to it."""
-
-    model: Path
-    adapter: Path | None = None
-
-    def fingerprint(self) -> list[str]:
-        from pd_jax.files import fingerprint
-
-        return [fingerprint(path) for path in (self.model, self.adapter) if path is not None]
-
-
-def find_sources(names: Sequence[str], flags: EvaluateFlags) -> dict[str, Source]:
-    """The source of every row, found and checked before anything is loaded."""
-    from pd_jax.files import find_model
-
-    def source(path: str) -> Source:
-        directory = find_model(path, flags.local_files_only)
-        if not (directory / "adapter_config.json").is_file():
-            return Source(directory)
-        if flags.ft_base_model is None:
-            raise InputError(f"{path} is a LoRA adapter; pass the model it belongs to as --ft-base-model")
-        return Source(find_model(flags.ft_base_model, flags.local_files_only), directory)
-
-    sources = {}
-    for name in names:
-        own = name.partition("=")[2]
-        if way(name) in HF_ROWS:
-            sources[name] = Source(find_model(own or str(flags.base_model), flags.local_files_only))
-            check_weights(sources[name].model)
-        else:
-            control = flags.sequential_model if name == "sequential" else None
-            sources[name] = source(own or str(control or flags.ft_model))
-    if flags.ft_base_model is not None and not any(source.adapter for source in sources.values()):
-        raise InputError(
-            f"--ft-base-model {flags.ft_base_model} is given, but --ft-model {flags.ft_model} is no adapter"
-        )
-    return sources
-
-
-def loader(flags: EvaluateFlags, tokenizer: Any, eos_ids: Sequence[int]) -> Callable[[str, Source], Row]:
+def loader(
+    tokenizer: Any, eos_ids: Sequence[int], conditions: Conditions
+) -> "Callable[[RowSpec, ModelSource], Answerer]":
     """A function that makes rows. It holds one model at a time, so that their peaks of memory can be told apart."""
     held: dict[Any, Any] = {}
 
-    def decoder(source: Source) -> Any:
+    def read(hf: bool, source: "ModelSource") -> Any:
         from pd_jax.decoding import ParallelDecoder
 
-        made = ParallelDecoder.from_pretrained(
-            source.model, source.adapter, flags.dtype, pair_indices=flags.pair_indices, local_files_only=True
+        if hf:
+            return Transformers(source.model, tokenizer, eos_ids, conditions.dtype, torch_device())
+        return ParallelDecoder.from_pretrained(
+            source.model,
+            source.adapter,
+            dtype=conditions.dtype,
+            pair_indices=conditions.pair_indices,
+            local_files_only=True,
         )
-        made.eos_ids = tuple(eos_ids)
-        return made
 
-    def load(name: str, source: Source) -> Row:
-        how = way(name)
-        hf = how in HF_ROWS
-        if (hf, source) not in held:
+    def load(spec: RowSpec, source: "ModelSource") -> Answerer:
+        way = spec.way
+        if (way.hf, source) not in held:
             held.clear()
             gc.collect()
-            made = (
-                Transformers(source.model, tokenizer, eos_ids, flags.dtype, torch_device()) if hf else decoder(source)
-            )
-            held[hf, source] = made
-        model = held[hf, source]
-        if hf:
-            return getattr(model, how.removeprefix("hf-").replace("-", "_"))
-        settings = decoded_as(name, flags.align or model.config.align or "left")
-        return functools.partial(answer_in_columns, model, *settings, how == "sequential")
+            held[way.hf, source] = read(way.hf, source)
+        model = held[way.hf, source]
+        if way.visibility is None:
+            methods = {
+                "hf-sequential": model.sequential,
+                "hf-batched": model.batched,
+                "hf-one-prompt": model.one_prompt,
+            }
+            return methods[way.name]
+        align = way.align(model.config, conditions.align)
+        decoder = model.variant(visibility=way.visibility, align=align, eos_ids=eos_ids)
+        return functools.partial(answer_in_columns, decoder, way.serial)
 
     return load

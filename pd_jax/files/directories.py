@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from pd_jax.config import SECTION, SETTINGS, ModelConfig, read_config_json
+from pd_jax.config import SECTION, SETTINGS, ModelConfig
 from pd_jax.errors import InputError
 from pd_jax.files.safetensors import Progress, raise_collected, read_params
 from pd_jax.params import SIBLING_BIAS_START, Params, param_shapes
@@ -77,21 +77,34 @@ class ModelSource(NamedTuple):
     adapter: Path | None = None
 
 
-def find_source(name: str, base_model: str | None = None, local_files_only: bool = False) -> ModelSource:
+def find_source(
+    name: str, base_model: str | None = None, local_files_only: bool = False, *, flag: str = "--base-model"
+) -> ModelSource:
     """The source that `name` stands for: a model, or a LoRA adapter with its base. Directories or hub ids.
 
     An adapter's base is `base_model`, else what its adapter_config.json names. Raises `InputError` when there is no
-    base to be found, or one is given and `name` is no adapter.
+    base to be found, or one is given and `name` is no adapter; `flag` is what the user gives the base with.
     """
     directory = find_model(name, local_files_only)
     if not (directory / ADAPTER_CONFIG).is_file():
         if base_model is not None:
-            raise InputError(f"--base-model {base_model} is given, but {name} is no LoRA adapter; leave it out")
+            raise InputError(f"{flag} {base_model} is given, but {name} is no LoRA adapter; leave it out")
         return ModelSource(directory)
     base = base_model or read_adapter_config(directory).get("base_model_name_or_path")
     if not base:
-        raise InputError(f"{name} does not name the model that it adapts; pass it as --base-model")
+        raise InputError(f"{name} does not name the model that it adapts; pass it as {flag}")
     return ModelSource(find_model(base, local_files_only), directory)
+
+
+def read_config_json(directory: Path) -> dict[str, Any]:
+    """`directory`/config.json as a dict. Raises `ValueError` when it is absent or not JSON."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise InputError(f"{directory} has no config.json; pass a Hugging Face model directory or a pd_jax checkpoint")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
 
 
 def load_config(directory: Path, pair_indices: Sequence[int] | None = None, adapter: Path | None = None) -> ModelConfig:
@@ -168,12 +181,14 @@ def load_params(
     dtype: Any = jnp.float32,
     shardings: Any = None,
     progress: Progress | None = None,
+    *,
+    sibling_bias_start: float = SIBLING_BIAS_START,
 ) -> Params:
     """The weights, from `params/` or from safetensors, in `dtype` (None: as they are stored).
 
     `shardings` is a tree of shardings like `param_shapes(config)`; None puts everything on the default device. A
-    `sibling_bias` that `config` asks for and the directory does not have starts at its initial value. Raises
-    `ValueError` with every tensor that is missing, unknown or of another shape.
+    `sibling_bias` that `config` asks for and the directory does not have begins at `sibling_bias_start`. Raises
+    `InputError` with every tensor that is missing, unknown or of another shape.
     """
     if shardings is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -184,7 +199,7 @@ def load_params(
         own = layers.pop("sibling_bias")
         plain = dataclasses.replace(config, sibling_bias=False)
         params = load_params(directory, plain, dtype, {**shardings, "layers": layers}, progress)
-        start = np.full((config.num_hidden_layers, config.num_attention_heads), SIBLING_BIAS_START, np.float32)
+        start = np.full((config.num_hidden_layers, config.num_attention_heads), sibling_bias_start, np.float32)
         params["layers"]["sibling_bias"] = jax.device_put(start.astype(params["norm"].dtype), own)
         return params
     has_orbax, has_files = (directory / PARAMS).is_dir(), any(directory.glob("model*.safetensors*"))

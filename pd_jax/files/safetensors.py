@@ -181,11 +181,7 @@ def raise_collected(where: Path, errors: list[str], shown: int = 20) -> None:
 
 
 def read_params(
-    directory: Path,
-    config: ModelConfig,
-    dtype: Any = None,
-    shardings: Any = None,
-    progress: Progress | None = None,
+    directory: Path, config: ModelConfig, dtype: Any = None, shardings: Any = None, progress: Progress | None = None
 ) -> Params:
     """The model of a Hugging Face directory as jax arrays, every tensor read straight to its place.
 

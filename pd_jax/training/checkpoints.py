@@ -1,6 +1,5 @@
-"""What a run leaves in its output directory to go on from: run.json and the training checkpoints (orbax)."""
+"""Training checkpoints and run.json: what a run leaves in its output directory to go on from."""
 
-import dataclasses
 import json
 import logging
 import shutil
@@ -13,9 +12,10 @@ from orbax.checkpoint import v1 as ocp
 
 from pd_jax.errors import InputError
 from pd_jax.files import root_cause
-from pd_jax.params import Params
-from pd_jax.training.flags import TrainFlags
 from pd_jax.training.monitor import say
+from pd_jax.training.step import State
+
+Base = dict[str, str]  # the name and the fingerprint of the model that adapters belong to
 
 # Flags that may differ when a run is resumed: they do not change what is learned.
 FREE_ON_RESUME = {
@@ -27,50 +27,47 @@ FREE_ON_RESUME = {
 # ---------------------------------------------------------------- the output directory
 
 
-def check_output(flags: TrainFlags) -> bool:
+def check_output(output: Path, flags: dict[str, Any]) -> bool:
     """True when this run is new or to be continued, False when it has finished. Writes nothing.
 
-    Raises `ValueError` for a directory that holds something else, or a run with other flags.
+    Raises `InputError` for a directory that holds something else, or a run with other flags.
     """
-    output = Path(flags.output_dir)
     path = output / "run.json"
     if not path.is_file():
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise InputError(f"--output-dir {output} holds files of something else; choose an empty or a new directory")
         return True
     run = json.loads(path.read_text(encoding="utf-8"))
-    ours = json.loads(json.dumps(dataclasses.asdict(flags)))
     changed = [
-        f"--{name.replace('_', '-')} {ours.get(name)} (was {run['flags'].get(name)})"
-        for name in sorted(set(ours) | set(run["flags"]))
-        if name not in FREE_ON_RESUME and ours.get(name) != run["flags"].get(name)
+        f"--{name.replace('_', '-')} {flags.get(name)} (was {run['flags'].get(name)})"
+        for name in sorted(set(flags) | set(run["flags"]))
+        if name not in FREE_ON_RESUME and flags.get(name) != run["flags"].get(name)
     ]
     if changed:
         raise InputError(f"--output-dir {output} holds a run with other flags: {', '.join(changed)}; use another one")
     return not run["finished"]
 
 
-def check_base(flags: TrainFlags, base: dict[str, str]) -> None:
-    """Raise `ValueError` when the LoRA run in --output-dir was started on other weights than `base`."""
-    path = Path(flags.output_dir) / "run.json"
+def check_base(output: Path, base: Base) -> None:
+    """Raise `InputError` when the LoRA run in --output-dir was started on other weights than `base`."""
+    path = output / "run.json"
     stored = json.loads(path.read_text(encoding="utf-8"))["base"] if path.is_file() else base
     if stored["fingerprint"] != base["fingerprint"]:
         raise InputError(
-            f"--output-dir {flags.output_dir} holds a run on {stored['name']} with fingerprint "
+            f"--output-dir {output} holds a run on {stored['name']} with fingerprint "
             f"{stored['fingerprint'][:12]}, and the files of {base['name']} have {base['fingerprint'][:12]}; "
             "restore that base, or use another --output-dir"
         )
 
 
-def write_run(flags: TrainFlags, base: dict[str, str] | None, finished: bool) -> None:
+def write_run(output: Path, flags: dict[str, Any], base: Base | None, *, finished: bool) -> None:
     """run.json: the resolved flags, the base of a LoRA run, and whether the run is over."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("run.json")  # every process has read the one before, or is done
-    output = Path(flags.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         stage = output / ".run.json"
-        run = {"flags": dataclasses.asdict(flags), "base": base, "finished": finished}
+        run = {"flags": flags, "base": base, "finished": finished}
         stage.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
         stage.replace(output / "run.json")
 
@@ -116,7 +113,7 @@ class Checkpoints:
         except Exception as error:
             say(f"warning: the last checkpoint could not be saved ({root_cause(error)})")
 
-    def save(self, step: int, state: Params, data: Any, loss: float) -> None:
+    def save(self, step: int, state: State, data: Any, loss: float) -> None:
         """Start to save `state` and the JSON position `data`. A failed earlier save is reported and does not end the
         run: the checkpoint before it is still there."""
         try:
@@ -129,7 +126,7 @@ class Checkpoints:
     def wait(self) -> None:
         self.orbax.wait()
 
-    def newest(self, target: Params) -> tuple[Params, Any, int] | None:
+    def newest(self, target: State) -> tuple[State, Any, int] | None:
         """(state, data, step) of the newest checkpoint that can be read into `target`; damaged ones are set aside."""
         for step in reversed(self.steps()):
             try:

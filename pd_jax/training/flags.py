@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pd_jax.cli import flag
-from pd_jax.config import LORA_TARGETS, Align, Backend, Remat, Visibility
+from pd_jax.config import LORA_TARGETS, Align, Backend, Remat, RowVisibility
 
 MODEL, DATA, OPTIM, LORA, RUN = "model", "data", "optimisation", "LoRA", "running and saving"
 
@@ -17,13 +17,18 @@ class TrainFlags:
     model_name: str = flag("Qwen/Qwen3-4B", "model directory, pd_jax checkpoint or hub id to start from", group=MODEL)
     random_init: bool = flag(False, "start from random weights; config.json and tokenizer are enough", group=MODEL)
     pair_indices: tuple[int, ...] | None = flag(
-        None,
-        "1-based RoPE pairs; the 1st, 3rd, ... turn with the branch; 8 16 24 if none is stored",
-        group=MODEL,
+        None, "1-based RoPE pairs; the 1st, 3rd, ... turn with the branch; 8 16 24 if none is stored", group=MODEL
     )
     sibling_bias: bool = flag(False, "add a learned bias per layer and head towards sibling branches", group=MODEL)
-    visibility: Visibility | None = flag(
-        None, "which siblings a branch sees; as the model was trained before, else columns", group=MODEL
+    sibling_bias_start: float | None = flag(
+        None, "where a new sibling_bias begins: 0 lets siblings be seen, -8 hides them; 0 with --random-init, else -2",
+        group=MODEL,
+    )  # fmt: skip
+    visibility: RowVisibility | None = flag(
+        None, "which siblings a branch sees; mix: drawn for every sample; as trained before, else columns", group=MODEL
+    )
+    mix_shares: tuple[float, ...] = flag(
+        (1.0, 1.0, 1.0), "of --visibility mix: the shares of columns, isolated and prompts", group=MODEL, minimum=0
     )
     align: Align | None = flag(
         None, "how prompts share columns; as the model was trained before, else left", group=MODEL
@@ -39,6 +44,12 @@ class TrainFlags:
     batch_size: int = flag(1, "rows of a micro-batch, over all devices", group=OPTIM, minimum=1)
     gradient_accumulation_steps: int = flag(1, "micro-batches an optimiser step", group=OPTIM, minimum=1)
     learning_rate: float = flag(4e-4, "peak learning rate of AdamW", group=OPTIM, minimum=0)
+    sibling_bias_lr: float | None = flag(
+        None,
+        "peak learning rate of sibling_bias; if not given it can move by about 3 in the run",
+        group=OPTIM,
+        minimum=0,
+    )
     warmup_ratio: float = flag(0.03, "share of the steps for linear warm-up before the cosine", group=OPTIM, minimum=0)
     weight_decay: float = flag(0.01, "decoupled weight decay; norms and biases have none", group=OPTIM, minimum=0)
     max_grad_norm: float = flag(1.0, "global gradient norm is clipped to this", group=OPTIM, minimum=0)

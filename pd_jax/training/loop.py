@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,72 +13,73 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
+from pd_jax.columns import Coordinates
 from pd_jax.config import LoraConfig, ModelConfig
 from pd_jax.errors import InputError
-from pd_jax.files import (
-    load_params,
-    save_adapter,
-    save_model,
-)
+from pd_jax.files import load_params, save_adapter, save_model
 from pd_jax.lora import init_adapters
-from pd_jax.mesh import (
-    BATCH_ABT,
-    param_shardings,
-)
+from pd_jax.mesh import abstract_arrays, param_shardings, place_batch
 from pd_jax.params import Params, init_params, training_flops
-from pd_jax.training.checkpoints import Checkpoints, write_run
-from pd_jax.training.flags import TrainFlags
-from pd_jax.training.monitor import (
-    Monitor,
-    Trace,
-    say,
-)
+from pd_jax.sight import attention_mass
+from pd_jax.training.checkpoints import Base, Checkpoints, write_run
+from pd_jax.training.monitor import Monitor, Trace, say
 from pd_jax.training.processes import stop_signal
-from pd_jax.training.step import Optimisation, StepSettings, make_optimizer, make_step
+from pd_jax.training.step import Batch, Optimisation, State, StepSettings, make_optimizer, make_step
+
+LOOK_TOKENS = 1024  # of one row, at which a validation looks where attention goes
+SHUT = -4.0  # a sibling_bias below it lets less than 2 % through
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Start:
-    """What a run starts from; everything in it has been checked. `adapters` are those of --adapter; `base` is the name
-    and the fingerprint of the frozen model of a LoRA run."""
+    """What a run starts from; everything in it has been checked."""
 
-    directory: Path
+    directory: Path  # of the model
     config: ModelConfig
-    adapters: Params | None
-    lora: LoraConfig | None
-    base: dict[str, str] | None
+    random_init: bool
+    sibling_bias_start: float  # where a bias begins that the weights do not have
+    adapters: Params | None  # those of --adapter
+    lora: LoraConfig | None  # of a LoRA run
+    base: Base | None  # the frozen model of a LoRA run
     tokenizer: Any
-    end: int
+    end: int  # the token that closes an answer or a document
     pad: int
     mesh: Mesh
-    dtype: Any
 
 
-def rows_per_step(flags: TrainFlags) -> int:
-    return flags.batch_size * flags.gradient_accumulation_steps
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How long a run goes on, what it says and what it leaves behind."""
+
+    output: Path
+    flags: dict[str, Any]  # as run.json keeps them
+    steps: int  # optimiser steps, at most
+    accumulation: int  # micro-batches of a step
+    rows: int  # of a step, over all micro-batches and devices
+    row_length: int  # tokens
+    logging_steps: int  # this and the next two: optimiser steps between ...
+    eval_steps: int
+    save_steps: int
+    keep: int  # newest checkpoints, beside the best
+    profile: str | None
 
 
 # ---------------------------------------------------------------- arrays
 
 
-def load_weights(start: Start, flags: TrainFlags, dtype: Any) -> Params:
+def load_weights(start: Start, seed: int, dtype: Any) -> Params:
     """The starting parameters, in their shardings."""
     shardings = param_shardings(start.config, start.mesh)
-    if flags.random_init:
-        init = jax.jit(partial(init_params, start.config, dtype=dtype), out_shardings=shardings)
-        return init(jax.random.key(flags.seed))
-    return load_params(start.directory, start.config, dtype, shardings)
+    if start.random_init:
+        init = partial(init_params, start.config, dtype=dtype, sibling_bias_start=start.sibling_bias_start)
+        return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    return load_params(start.directory, start.config, dtype, shardings, sibling_bias_start=start.sibling_bias_start)
 
 
-def placed(shapes: Any, places: Any, dtype: Any = None) -> Any:
-    """The abstract arrays of a tree of shapes in a tree of shardings, all of `dtype` if one is given."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), shapes, places)
-
-
-def abstract_state(trained: Params, shardings: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> Params:
+def abstract_state(trained: Params, shardings: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
     """Shapes and shardings of the training state. The moments lie where their parameters lie: left to itself, jit
     would replicate them on every device."""
     here = NamedSharding(mesh, P())
@@ -86,70 +87,66 @@ def abstract_state(trained: Params, shardings: Params, optimizer: optax.Gradient
     opt_shardings = optax.tree_utils.tree_map_params(
         optimizer, lambda _, s: s, opt, shardings, transform_non_params=lambda _: here
     )
-
-    return {
-        "trained": placed(trained, shardings),
-        "opt": placed(opt, opt_shardings),
-        "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=here),
-    }
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=here)
+    return {"trained": abstract_arrays(trained, shardings), "opt": abstract_arrays(opt, opt_shardings), "step": step}
 
 
 # ---------------------------------------------------------------- the loop
 
 
 def train(
-    flags: TrainFlags,
     start: Start,
+    run: Run,
+    optimisation: Optimisation,
+    settings: StepSettings,
+    *,
     data: grain.DatasetIterator,
-    steps: int,
-    row_length: int,
-    held_out: Callable[[], grain.DatasetIterator] | None = None,
+    held_out: Callable[[], Iterable[dict[str, np.ndarray]]] | None = None,
 ) -> None:
-    """Train for `steps` optimiser steps, or until `data` ends, and write a model directory to flags.output_dir.
+    """Train for `run.steps` optimiser steps, or until `data` ends, and write a model directory to `run.output`.
 
     Run again with the same flags, it resumes from its newest readable checkpoint.
     """
-    output, position, ahead = Path(flags.output_dir), data.get_state(), None
+    output, steps, position, ahead = run.output, run.steps, data.get_state(), None
     if not (output / "checkpoints").is_dir():
         ahead = next(data, None)  # of a stream only this tells whether there is a first batch
         if ahead is None:
             raise InputError(
-                f"the data end before the first step, which takes {rows_per_step(flags)} rows of {row_length} tokens; "
+                f"the data end before the first step, which takes {run.rows} rows of {run.row_length} tokens; "
                 "use more data or smaller rows"
             )
 
     # -- everything that can be wrong with the call is known by now; from here on files are written
-    trace = Trace(flags.profile, output / "profile")
-    adapters = start.adapters
-    if start.lora is not None and adapters is None:
-        adapters = init_adapters(start.config, start.lora, jax.random.key(flags.seed))
-    write_run(flags, start.base, finished=False)
+    trace = Trace(run.profile, output / "profile")
+    config, lora, mesh, adapters = start.config, start.lora, start.mesh, start.adapters
+    if lora is not None and adapters is None:
+        adapters = init_adapters(config, lora, jax.random.key(settings.seed))
+    write_run(output, run.flags, start.base, finished=False)
 
     # -- step and state
-    mesh = start.mesh
-    optimisation = Optimisation(flags.learning_rate, flags.warmup_ratio, flags.weight_decay, flags.max_grad_norm)
     optimizer, schedule = make_optimizer(optimisation, steps)
-    settings = StepSettings(start.dtype, flags.remat, flags.attention, flags.seed)
-    step_fn, evaluate_fn = make_step(start.config, optimizer, settings, start.lora)
-    with jax.set_mesh(mesh), Checkpoints(output / "checkpoints", flags.keep) as saved, stop_signal() as stop:
+    step_fn, evaluate_fn = make_step(config, optimizer, settings, lora)
+    with jax.set_mesh(mesh), Checkpoints(output / "checkpoints", run.keep) as saved, stop_signal() as stop:
         if adapters is None:
             frozen: Params = {}
-            shardings = param_shardings(start.config, mesh)
-            trained = jax.eval_shape(partial(init_params, start.config), jax.random.key(0))
+            shardings = param_shardings(config, mesh)
+            trained = jax.eval_shape(partial(init_params, config), jax.random.key(0))
         else:
-            frozen = load_weights(start, flags, start.dtype)
+            frozen = load_weights(start, settings.seed, settings.dtype)
             shardings = jax.tree.map(lambda _: NamedSharding(mesh, P()), adapters)
             trained = adapters
         target = abstract_state(trained, shardings, optimizer, mesh)
-        places = jax.tree.map(lambda x: x.sharding, target)
+        places: Any = jax.tree.map(lambda x: x.sharding, target)
         resumed = saved.newest(target)
         if resumed is None:
             first = 0
             weights = (
-                load_weights(start, flags, jnp.float32) if adapters is None else jax.device_put(adapters, shardings)
+                load_weights(start, settings.seed, jnp.float32)
+                if adapters is None
+                else jax.device_put(adapters, shardings)
             )
             opt = jax.jit(optimizer.init, out_shardings=places["opt"])(weights)
-            state = {"trained": weights, "opt": opt, "step": jax.device_put(jnp.int32(0), places["step"])}
+            state: State = {"trained": weights, "opt": opt, "step": jax.device_put(jnp.int32(0), places["step"])}
             del weights, opt  # the first step takes their memory
         else:
             state, position, first = resumed
@@ -158,35 +155,41 @@ def train(
             say(f"resuming {output} after step {first} of {steps}")
         run_step = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None))
         run_evaluate = jax.jit(evaluate_fn)
-        place = partial(_place, NamedSharding(mesh, BATCH_ABT))
+        run_look = jax.jit(partial(sibling_share, config, lora), out_shardings=NamedSharding(mesh, P()))
 
-        def validation_loss() -> float:
-            sums = np.zeros(2)
+        def validate() -> tuple[float, float]:
+            """The validation loss, and the share of attention on siblings in the first rows."""
+            sums, share = np.zeros(2), math.nan
             for batch in held_out() if held_out is not None else ():
-                sums += np.array(run_evaluate(state["trained"], frozen, place(1, batch)), np.float64)
-            return float(sums[0] / max(sums[1], 1))
+                placed = place_batch(mesh, 1, batch)
+                sums += np.array(run_evaluate(state["trained"], frozen, placed), np.float64)
+                if math.isnan(share):
+                    share = float(run_look(state["trained"], frozen, placed))
+            return float(sums[0] / max(sums[1], 1)), share
 
         # -- the loop: step n is on its way before the metrics of step n-1 are read
-        flops = training_flops(start.config, row_length, start.lora is not None) * row_length * rows_per_step(flags)
+        flops = training_flops(config, run.row_length, lora is not None) * run.row_length * run.rows
         step, pending, loss = first, None, math.inf
-        with Monitor(output, first, steps, flags.logging_steps, schedule, flops) as monitor:
+        with Monitor(
+            output, first=first, steps=steps, every=run.logging_steps, schedule=schedule, flops=flops
+        ) as monitor:
 
-            def read(validation: float | None = None) -> None:
+            def read(validation: tuple[float, float] | None = None) -> None:
                 """Wait for the pending step and log it."""
                 nonlocal pending, loss
                 if pending is None:
                     return
-                number, numbers, batch_position = pending
+                number, metrics, batch_position = pending
                 pending = None
                 try:
-                    monitor(number, numbers, validation)
+                    monitor(number, metrics, validation)
                 except FloatingPointError as error:
                     raise FloatingPointError(
                         f"{error}; its batch is the one at {json.dumps(batch_position)}; the last good checkpoint is "
                         f"{max(saved.steps(), default='none')}; lower --learning-rate or look at that batch"
                     ) from None
                 if held_out is None:
-                    loss = float(numbers["loss"])
+                    loss = float(metrics["loss"])
 
             def save() -> None:
                 """A checkpoint of now. What ranks it is the last validation loss, or without such data that of the
@@ -202,15 +205,16 @@ def train(
                     break
                 batch, ahead = ahead, None
                 trace.before(step + 1)
-                state, metrics = run_step(state, frozen, place(flags.gradient_accumulation_steps, batch))
+                state, metrics = run_step(state, frozen, place_batch(mesh, run.accumulation, batch))
                 read()
                 step += 1
                 pending = (step, metrics, position)
                 trace.after(step, metrics)
-                if held_out is not None and (step % flags.eval_steps == 0 or step == steps):
-                    loss = validation_loss()
-                    read(loss)
-                if step % flags.save_steps == 0:
+                if held_out is not None and (step % run.eval_steps == 0 or step == steps):
+                    validation = validate()
+                    loss = validation[0]
+                    read(validation)
+                if step % run.save_steps == 0:
                     save()
             stopped = stop.name is not None and step < steps
             if stopped and step not in saved.steps():
@@ -222,21 +226,37 @@ def train(
         if stopped:
             say(f"stopped by {stop.name} after step {step} of {steps}; run the same command to resume")
             return
-        if start.lora is None:
-            save_model(output, state["trained"], start.config, start.directory)
+        if lora is None:
+            save_model(output, state["trained"], config, start.directory)
         elif jax.process_index() == 0:
             assert start.base is not None
-            save_adapter(output, state["trained"], start.lora, start.config, *start.base.values())
-    write_run(flags, start.base, finished=True)
-    say(f"finished {step} steps; the {'model' if start.lora is None else 'adapter'} is in {output}")
+            save_adapter(output, state["trained"], lora, config, *start.base.values())
+        door = "" if lora is not None else door_line(config, state["trained"])
+    write_run(output, run.flags, start.base, finished=True)
+    say(f"finished {step} steps; the {'model' if lora is None else 'adapter'} is in {output}{door}")
 
 
-def _place(sharding: NamedSharding, accumulation: int, batch: dict[str, np.ndarray]) -> Params:
-    """This process's rows [b * A, T] as global arrays [A, B, T]: dealt out to the micro-batches in turn, so that every
-    micro-batch is the same for any number of processes."""
-    return {
-        name: jax.make_array_from_process_local_data(
-            sharding, np.ascontiguousarray(rows.reshape(-1, accumulation, rows.shape[-1]).swapaxes(0, 1))
-        )
-        for name, rows in batch.items()
-    }
+def sibling_share(config: ModelConfig, lora: LoraConfig | None, trained: Params, frozen: Params, batch: Batch) -> Array:
+    """The share of attention on siblings, over all layers and heads, in the first row of a batch [A, B, T]; scalar."""
+    params, adapters = (trained, None) if lora is None else (frozen, trained)
+    row = {name: array[0, :1, :LOOK_TOKENS] for name, array in batch.items()}  # in column-major order a part is whole
+    visibility = config.visibility or "columns"
+    coordinates = Coordinates.of(row, visibility)
+    mass = attention_mass(
+        params, config, row["tokens"], coordinates, visibility=visibility, adapters=adapters, lora=lora
+    )
+    return jnp.mean(mass[..., 2])
+
+
+def door_line(config: ModelConfig, params: Params) -> str:
+    """What the last line says of a sibling_bias that hides the siblings from every head; else nothing."""
+    if not config.sibling_bias or config.visibility == "isolated":
+        return ""
+    bias = params["layers"]["sibling_bias"]
+    low, high = float(jnp.min(bias)), float(jnp.max(bias))
+    if high >= SHUT:
+        return ""
+    return (
+        f"; its siblings are never seen: sibling_bias ends at {low:.2f} .. {high:.2f}. Begin with a higher "
+        "--sibling-bias-start or raise --sibling-bias-lr"
+    )

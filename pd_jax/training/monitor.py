@@ -16,7 +16,7 @@ from tensorboardX import SummaryWriter
 
 from pd_jax.errors import InputError
 from pd_jax.machines import data_sheet
-from pd_jax.params import Params
+from pd_jax.training.step import Metrics
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -54,10 +54,11 @@ class Monitor:
     """
 
     def __init__(
-        self, output: Path, first: int, steps: int, every: int, schedule: Callable[[Any], Any], step_flops: float
+        self, output: Path, *, first: int, steps: int, every: int, schedule: Callable[[Any], Any], flops: float
     ) -> None:
+        """`first` is the step that the run resumes from, `flops` what a full step takes."""
         self.steps, self.every, self.schedule = steps, every, schedule
-        self.path, self.step_flops = output / "metrics.jsonl", step_flops
+        self.path, self.step_flops = output / "metrics.jsonl", flops
         self.peak, origin = peak_flops()
         self.peak *= jax.device_count()
         self.mine = jax.process_index() == 0
@@ -84,9 +85,9 @@ class Monitor:
             self.file.close()
             self.events.close()
 
-    def __call__(self, step: int, metrics: Params, validation: float | None = None) -> None:
-        """The metrics of `step`, still on the device; reading them waits for that step. Raises `FloatingPointError`
-        for a loss that is not finite."""
+    def __call__(self, step: int, metrics: Metrics, validation: tuple[float, float] | None = None) -> None:
+        """The metrics of `step`, still on the device; reading them waits for that step. `validation` is a loss and the
+        share of attention on siblings. Raises `FloatingPointError` for a loss that is not finite."""
         loss = float(metrics["loss"])
         self.bar.update(self.task, completed=step)
         self.tokens += float(metrics["tokens"])
@@ -107,7 +108,12 @@ class Monitor:
             "token_utilisation": self.used / steps,
             "seconds_per_step": seconds / steps,
         }
-        record |= {} if validation is None else {"validation_loss": validation}
+        if "sibling_bias" in metrics:
+            record["sibling_bias_min"], record["sibling_bias_max"] = map(float, metrics["sibling_bias"])
+        if validation is not None:
+            record["validation_loss"] = validation[0]
+            if math.isfinite(validation[1]):
+                record["sibling_attention"] = validation[1]
         self.since, self.seen, self.tokens, self.used = now, step, 0.0, 0.0
         if not self.mine:
             return
@@ -119,9 +125,15 @@ class Monitor:
         left = datetime.timedelta(seconds=round((self.steps - step) * record["seconds_per_step"]))
         say(
             f"step {step}/{self.steps}  loss {loss:.4f}  "
-            + (f"validation {validation:.4f}  " if validation is not None else "")
+            + (f"validation {validation[0]:.4f}  " if validation is not None else "")
+            + (f"on siblings {record['sibling_attention']:.1%}  " if "sibling_attention" in record else "")
             + f"lr {record['learning_rate']:.2e}  grad {record['grad_norm']:.2f}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.1%}  "
+            + (
+                f"sibling bias {record['sibling_bias_min']:.2f} .. {record['sibling_bias_max']:.2f}  "
+                if "sibling_bias_min" in record
+                else ""
+            )
+            + f"{record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.1%}  "
             f"used {record['token_utilisation']:.0%}  left {left}"
         )
 

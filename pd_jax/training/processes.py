@@ -12,15 +12,14 @@ import jax
 from jax.experimental import multihost_utils
 
 from pd_jax.errors import InputError
-from pd_jax.training.flags import TrainFlags
 
 
-def start_processes(flags: TrainFlags) -> None:
-    """Join the other processes, if there are any: as the flags say, or as found out on a TPU pod or under SLURM.
+def start_processes(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Join the other processes, if there are any: as the arguments say, or as found out on a TPU pod or under SLURM.
 
-    Must come before anything else of jax. Raises `ValueError` when only some of the three flags are given.
+    Must come before anything else of jax. Raises `InputError` when only some of the three are given.
     """
-    given = (flags.coordinator_address, flags.num_processes, flags.process_id)
+    given = (coordinator_address, num_processes, process_id)
     if any(value is not None for value in given):
         if None in given:
             raise InputError(

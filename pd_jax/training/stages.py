@@ -1,75 +1,58 @@
-"""Training: columnar pretraining, finetuning, and the one linear loop that both run."""
+"""The two stages, pretraining and finetuning: flags become checked values, data becomes batches, and the loop runs."""
 
 import dataclasses
+import json
 from functools import partial
 from pathlib import Path
 
 import grain
 import jax
 import jax.numpy as jnp
-from rich.progress import track
 
 from pd_jax.attention import Call, check_backend
-from pd_jax.config import LoraConfig
+from pd_jax.config import MIX, LoraConfig
 from pd_jax.data import fineweb, pipeline, squad
 from pd_jax.errors import InputError
-from pd_jax.files import (
-    find_model,
-    fingerprint,
-    load_adapter,
-    load_config,
-    load_eos_ids,
-    load_tokenizer,
-)
-from pd_jax.layout import fit
-from pd_jax.mesh import (
-    check_batch,
-    check_model,
-    compile_target,
-    make_mesh,
-)
+from pd_jax.files import find_model, fingerprint, load_adapter, load_config, load_eos_ids, load_tokenizer
+from pd_jax.layout import TokenSample
+from pd_jax.mesh import check_batch, check_model, compile_target, make_mesh
 from pd_jax.training.checkpoints import check_base, check_output
 from pd_jax.training.flags import FinetuneFlags, PretrainFlags, TrainFlags
-from pd_jax.training.loop import Start, rows_per_step, train
-from pd_jax.training.monitor import (
-    Trace,
-    say,
-)
+from pd_jax.training.loop import Run, Start, train
+from pd_jax.training.monitor import Trace, say
 from pd_jax.training.processes import start_processes
+from pd_jax.training.step import Optimisation, StepSettings
 
-# ---------------------------------------------------------------- the two stages
+PRETRAINED_BIAS_START = -2.0  # of weights that never saw columns: ajar; from 0 they unlearn, from -8 it never opens
 
 
 def pretrain(flags: PretrainFlags) -> None:
     """Columnar pretraining: web segments as branches without a background, every next token of a branch counts."""
-    start_processes(flags)
+    start_processes(flags.coordinator_address, flags.num_processes, flags.process_id)
     if finished(flags):
         return
     if flags.streaming and flags.workers:
         raise InputError(f"--workers {flags.workers} cannot share a stream; leave out --streaming or --workers")
     length = flags.branch_count * flags.seq_length
-    start = prepare(flags, length)
-    align = start.config.align or "left"
+    start, settings = prepare(flags, length)
+    rows = row_settings(flags, start, length)
     documents = fineweb.load_documents(
         flags.dataset_name,
         flags.dataset_config,
         flags.dataset_split,
-        flags.streaming,
-        flags.max_samples,
-        flags.local_files_only,
+        streaming=flags.streaming,
+        max_samples=flags.max_samples,
+        local_files_only=flags.local_files_only,
     )
 
     def batches(segments: fineweb.Documents, epochs: int | None = None) -> grain.DatasetIterator:
         return pipeline.pretrain_batches(
             segments,
-            flags.branch_count,
-            flags.seq_length,
-            rows_per_step(flags),
-            flags.seed,
-            align,
-            start.pad,
-            flags.workers,
-            epochs,
+            rows,
+            branch_count=flags.branch_count,
+            rows_per_step=rows_per_step(flags),
+            workers=flags.workers,
+            epochs=epochs,
         )
 
     def cut(documents: fineweb.Documents) -> fineweb.Documents:
@@ -80,48 +63,37 @@ def pretrain(flags: PretrainFlags) -> None:
         name, local = flags.eval_dataset_name, flags.local_files_only
         held_out = partial(batches, cut(fineweb.load_documents(name, max_samples=64, local_files_only=local)), 1)
         held_out()  # too few documents are refused here, not in the middle of the run
-    data = batches(cut(documents))
-    train(flags, start, data, flags.max_steps, length, held_out)
+    run = run_of(flags, flags.max_steps, length)
+    train(start, run, optimisation(flags), settings, data=batches(cut(documents)), held_out=held_out)
 
 
 def finetune(flags: FinetuneFlags) -> None:
     """Finetuning on questions grouped by context: answer tokens and their end count."""
-    start_processes(flags)
+    start_processes(flags.coordinator_address, flags.num_processes, flags.process_id)
     if finished(flags):
         return
-    start = prepare(flags, flags.max_length)
-    align = start.config.align or "left"
+    start, settings = prepare(flags, flags.max_length)
+    rows = row_settings(flags, start, flags.max_length)
 
-    def samples(name: str, split: str, limit: int | None) -> list:
+    def samples(name: str, split: str, limit: int | None) -> list[TokenSample]:
         contexts = squad.load_squad(name, split, flags.local_files_only)
         contexts = squad.select(contexts, flags.max_branches, flags.min_questions, limit)
-        told = track(contexts, "tokenising", disable=jax.process_index() > 0)
-        whole = [squad.to_tokens(context, start.tokenizer, start.end) for context in told]
-        fitted = [fit(sample, flags.max_length) for sample in whole]
-        kept = [sample for sample in fitted if sample is not None]
-        cut = sum(new is not None and new is not old for new, old in zip(fitted, whole, strict=True))
-        say(
-            f"{name}: {len(kept)} contexts, {sum(len(s.branches) for s in kept)} questions; {cut} backgrounds "
-            f"shortened and {len(whole) - len(kept)} contexts dropped to fit --max-length {flags.max_length}"
-        )
-        if not kept:
-            raise InputError(
-                f"no context of {name} fits --max-length {flags.max_length}: the shortest needs "
-                f"{min(len(s) - len(s.background) for s in whole)} tokens; raise it or lower --max-branches"
-            )
+        kept, line = squad.fitted_samples(contexts, start.tokenizer, start.end, flags.max_length, name)
+        say(line)
         return kept
 
-    def batches(samples: list, size: int, epochs: int, limit: int | None = None) -> tuple[grain.DatasetIterator, int]:
-        rows = pipeline.finetune_rows([len(s) for s in samples], flags.max_length, epochs, flags.seed)
-        steps = -(-len(rows) // size)
+    def batches(
+        samples: list[TokenSample], size: int, epochs: int, limit: int | None = None
+    ) -> tuple[grain.DatasetIterator, int]:
+        """The batches of `size` rows, and how many there are."""
+        packed = pipeline.finetune_rows([len(s) for s in samples], flags.max_length, epochs, flags.seed)
+        steps = -(-len(packed) // size)
         if limit is not None and limit < steps:
-            steps, rows = limit, rows[: limit * size]
-        used = sum(len(samples[i]) for row in rows for i in row) / (len(rows) * flags.max_length)
-        say(f"{len(rows)} rows of {flags.max_length} tokens, {used:.0%} of them used")
-        return (
-            pipeline.finetune_batches(samples, rows, flags.max_length, size, align, start.pad, flags.workers),
-            steps,
-        )
+            steps, packed = limit, packed[: limit * size]
+        used = sum(len(samples[i]) for row in packed for i in row) / (len(packed) * flags.max_length)
+        say(f"{len(packed)} rows of {flags.max_length} tokens, {used:.0%} of them used")
+        made = pipeline.finetune_batches(samples, packed, rows, rows_per_step=size, workers=flags.workers)
+        return made, steps
 
     name = flags.eval_dataset_name or (None if Path(flags.dataset_name).exists() else flags.dataset_name)
     if name is None and (flags.max_eval_samples or flags.eval_batch_size):
@@ -137,31 +109,86 @@ def finetune(flags: FinetuneFlags) -> None:
         size = flags.eval_batch_size or rows_per_step(flags)
         check_batch(size, start.mesh)
         held_out = lambda: batches(kept, size, 1)[0]  # noqa: E731
-    train(flags, start, data, steps, flags.max_length, held_out)
+    run = run_of(flags, steps, flags.max_length)
+    train(start, run, optimisation(flags), settings, data=data, held_out=held_out)
+
+
+# ---------------------------------------------------------------- from flags to values
 
 
 def finished(flags: TrainFlags) -> bool:
-    """Whether this very run is over; says so. Raises `ValueError` when --output-dir holds something else."""
-    over = not check_output(flags)
+    """Whether this very run is over; says so. Raises `InputError` when --output-dir holds something else."""
+    over = not check_output(Path(flags.output_dir), plain(flags))
     if over:
         say(f"{flags.output_dir} holds the finished run of this very command; nothing to do")
     return over
 
 
-def prepare(flags: TrainFlags, row_length: int) -> Start:
-    """Read and check everything that a run on rows of so many tokens needs but its weights. Raises `ValueError`;
+def plain(flags: TrainFlags) -> dict:
+    """The flags as run.json has them."""
+    return json.loads(json.dumps(dataclasses.asdict(flags)))
+
+
+def rows_per_step(flags: TrainFlags) -> int:
+    return flags.batch_size * flags.gradient_accumulation_steps
+
+
+def row_settings(flags: TrainFlags, start: Start, length: int) -> pipeline.RowSettings:
+    return pipeline.RowSettings(
+        length=length,
+        align=start.config.align or "left",
+        pad_id=start.pad,
+        seed=flags.seed,
+        mix=flags.mix_shares if start.config.visibility == MIX else None,
+    )
+
+
+def optimisation(flags: TrainFlags) -> Optimisation:
+    return Optimisation(
+        flags.learning_rate, flags.warmup_ratio, flags.weight_decay, flags.max_grad_norm, flags.sibling_bias_lr
+    )
+
+
+def run_of(flags: TrainFlags, steps: int, row_length: int) -> Run:
+    return Run(
+        output=Path(flags.output_dir),
+        flags=plain(flags),
+        steps=steps,
+        accumulation=flags.gradient_accumulation_steps,
+        rows=rows_per_step(flags),
+        row_length=row_length,
+        logging_steps=flags.logging_steps,
+        eval_steps=flags.eval_steps,
+        save_steps=flags.save_steps,
+        keep=flags.keep,
+        profile=flags.profile,
+    )
+
+
+def prepare(flags: TrainFlags, row_length: int) -> tuple[Start, StepSettings]:
+    """Read and check everything that a run on rows of so many tokens needs but its weights. Raises `InputError`;
     writes nothing."""
     Trace.parse(flags.profile or "1:1")
+    if len(flags.mix_shares) != 3 or sum(flags.mix_shares) <= 0:
+        raise InputError(
+            f"--mix-shares {' '.join(map(str, flags.mix_shares))}: give three shares, of columns, isolated and prompts"
+        )
     directory = find_model(flags.model_name, flags.local_files_only)
     adapter = None if flags.adapter is None else find_model(flags.adapter, flags.local_files_only)
     config = load_config(directory, flags.pair_indices, adapter)
     visibility, align = flags.visibility or config.visibility or "columns", flags.align or config.align or "left"
-    if (config.visibility or visibility, config.align or align) != (visibility, align):
+    if config.trained_otherwise(visibility, align):
         say(
             f"{flags.model_name} was trained with visibility {config.visibility}, align {config.align}; this run "
             f"trains it with visibility {visibility}, align {align}"
         )
     bias = config.sibling_bias or flags.sibling_bias
+    if flags.sibling_bias_start is not None and (config.sibling_bias or not bias):
+        why = f"{flags.model_name} has a trained sibling_bias" if config.sibling_bias else "there is no --sibling-bias"
+        raise InputError(f"--sibling-bias-start {flags.sibling_bias_start} is for a new bias, but {why}; leave it out")
+    bias_start = flags.sibling_bias_start
+    if bias_start is None:
+        bias_start = 0.0 if flags.random_init or config.visibility is not None else PRETRAINED_BIAS_START
     config = dataclasses.replace(config, sibling_bias=bias, visibility=visibility, align=align)
     tokenizer = load_tokenizer(directory)
     if len(tokenizer) > config.vocab_size:
@@ -186,15 +213,17 @@ def prepare(flags: TrainFlags, row_length: int) -> Start:
     if lora is not None:
         name = str(directory.absolute()) if Path(flags.model_name).is_dir() else flags.model_name
         base = {"name": name, "fingerprint": fingerprint(directory)}
-        check_base(flags, base)
+        check_base(Path(flags.output_dir), base)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     dtype = jnp.dtype({"auto": "float32" if on_cpu else "bfloat16"}.get(flags.dtype, flags.dtype))
     with jax.set_mesh(mesh):
         call = Call(*compile_target(), visibility, row_length, config.head_dim, dtype, config.sibling_bias)
     check_backend(flags.attention, call)
-    return Start(
+    start = Start(
         directory=directory,
         config=config,
+        random_init=flags.random_init,
+        sibling_bias_start=bias_start,
         adapters=adapters,
         lora=lora,
         base=base,
@@ -202,5 +231,5 @@ def prepare(flags: TrainFlags, row_length: int) -> Start:
         end=tokenizer.eos_token_id if tokenizer.eos_token_id in eos else eos[0],
         pad=tokenizer.pad_token_id or 0,
         mesh=mesh,
-        dtype=dtype,
     )
+    return start, StepSettings(dtype, flags.remat, flags.attention, flags.seed)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,12 @@ class Metrics(TypedDict):
     grad_norm: Array  # before clipping
     tokens: Array  # in all rows, PAD left out
     used: Array  # their share of the places
+    sibling_bias: NotRequired[Array]  # its least and its greatest value after the step, [2]; where it is trained
+
+
+# How far sibling_bias can move in a run, about: Adam moves a scalar by the learning rate a step at most, and a cosine
+# halves that. At the model's own rate it would move by tenths, and a door that starts shut would stay shut.
+BIAS_TRAVEL = 3.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Optimisation:
     warmup_ratio: float = 0.03  # share of the steps
     weight_decay: float = 0.01  # of what `pd_jax.params` says decays
     max_grad_norm: float = 1.0
+    sibling_bias_lr: float | None = None  # the peak for sibling_bias; None: BIAS_TRAVEL in the run
 
 
 @dataclass(frozen=True)
@@ -63,14 +70,18 @@ def make_optimizer(optimisation: Optimisation, steps: int) -> tuple[optax.Gradie
     peak = optimisation.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, max(steps, warmup + 1))
     adamw = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=optimisation.weight_decay, mask=decays)
-    return optax.chain(optax.clip_by_global_norm(optimisation.max_grad_norm), adamw), schedule
+    bias_peak = 2 * BIAS_TRAVEL / steps if optimisation.sibling_bias_lr is None else optimisation.sibling_bias_lr
+    faster = optax.masked(optax.scale(bias_peak / peak if peak else 0.0), is_sibling_bias)
+    return optax.chain(optax.clip_by_global_norm(optimisation.max_grad_norm), adamw, faster), schedule
+
+
+def is_sibling_bias(params: Params) -> Params:
+    """A tree like `params` of bools: True for sibling_bias."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "sibling_bias", params)
 
 
 def make_step(
-    config: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    settings: StepSettings,
-    lora: LoraConfig | None = None,
+    config: ModelConfig, optimizer: optax.GradientTransformation, settings: StepSettings, lora: LoraConfig | None = None
 ) -> tuple[Callable[[State, Params, Batch], tuple[State, Metrics]], Callable[[Params, Params, Batch], tuple]]:
     """(step, evaluate), both to be jitted. With `lora` the adapters are trained, beside frozen weights.
 
@@ -118,6 +129,9 @@ def make_step(
             "used": jnp.mean(batch["valid"].astype(jnp.float32)),
         }
         trained: Any = optax.apply_updates(state["trained"], updates)
+        if "sibling_bias" in trained.get("layers", {}):
+            bias = trained["layers"]["sibling_bias"]
+            metrics["sibling_bias"] = jnp.stack([jnp.min(bias), jnp.max(bias)])
         return {"trained": trained, "opt": opt, "step": state["step"] + 1}, metrics
 
     def evaluate(trained: Params, frozen: Params, batch: Batch) -> tuple[Array, Array]:

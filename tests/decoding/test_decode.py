@@ -17,29 +17,13 @@ from pd_jax.attention import dense_attention
 from pd_jax.config import ALIGNMENTS, VISIBILITIES, LoraConfig, known_config
 from pd_jax.decoding.answers import Transcript
 from pd_jax.decoding.prompts import make_prompt
-from pd_jax.decoding.sampling import (
-    Controls,
-    Method,
-    SamplingOptions,
-    cut,
-    distribution,
-    draw,
-)
-from pd_jax.decoding.steps import (
-    BLOCK,
-    Program,
-    cache_bytes,
-    cached_attention,
-    decode_block,
-    feed,
-    prefill,
-    start,
-)
+from pd_jax.decoding.sampling import Controls, Method, SamplingOptions, cut, distribution, draw
+from pd_jax.decoding.steps import BLOCK, Program, cache_bytes, cached_attention, decode_block, feed, prefill, start
 from pd_jax.files import save_adapter, save_model, write_params
 from pd_jax.layout import Branch, TokenSample, answer_columns
 from pd_jax.mesh import make_mesh
 from pd_jax.params import PROJECTIONS, init_params
-from pd_jax.planning.plan import decoder_arguments
+from pd_jax.planning.compile import decoder_arguments
 
 PAIRED = tiny.config(tie_word_embeddings=False, sibling_bias=True)
 PLAIN = tiny.config(tie_word_embeddings=False, pair_indices=())

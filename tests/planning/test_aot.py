@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from pd_jax.columns import Coordinates
 from pd_jax.config import ModelConfig, known_config
@@ -22,7 +21,7 @@ from pd_jax.decoding.steps import BLOCK, Program, decode_block
 from pd_jax.loss import weighted_nll
 from pd_jax.model import forward, head
 from pd_jax.params import init_params
-from pd_jax.planning.plan import decoder_arguments, topology
+from pd_jax.planning.compile import decoder_arguments, topology
 
 pytestmark = pytest.mark.aot
 ROWS, TOKENS = 2, 4096

@@ -16,7 +16,6 @@ from runs import ROOT, curve, finetune_flags, launch, metrics, pretrain_flags, w
 
 from pd_jax.files import load_adapter, load_config, load_params
 from pd_jax.lora import merge
-from pd_jax.training import PretrainFlags
 from pd_jax.training.processes import on_tpu_vm, start_processes
 from pd_jax.training.stages import finetune, pretrain
 
@@ -265,10 +264,10 @@ def test_processes_find_one_another_under_slurm_and_on_a_pod(monkeypatch, tasks,
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
     monkeypatch.setattr("pd_jax.training.processes.on_tpu_vm", lambda: pod)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
-    start_processes(PretrainFlags())
+    start_processes(None, None, None)
     assert calls == [()] * joins
     with pytest.raises(ValueError, match="--process-id None: give all three"):
-        start_processes(PretrainFlags(coordinator_address="node0:1", num_processes=2))
+        start_processes("node0:1", 2, None)
 
 
 def run_two(flags, stop=None) -> list[str]:

@@ -7,14 +7,12 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from pd_jax.config import ModelConfig
-from pd_jax.files import key_table, parse_size, write_params
-from pd_jax.files import safetensors as weights
+from pd_jax.files import key_table, parse_size, safetensors as weights, write_params
 from pd_jax.files.safetensors import read_header, read_params
 from pd_jax.params import param_shapes
 

@@ -190,7 +190,7 @@ def test_one_block(pair):
     coordinates, positions = plain_coordinates(layout)
     x = random(*layout.tokens.shape, config.hidden_size)
     rope = rope_tables(config, coordinates.branch, coordinates.column)
-    got = model.block(config, layer_of(params), jnp.asarray(x), rope, make_attention(coordinates))
+    got = model.block(config, layer_of(params), jnp.asarray(x), rope=rope, attend=make_attention(coordinates))
     causal = torch.full((layout.tokens.shape[1],) * 2, torch.finfo(torch.float32).min).triu(1)
     want = reference.model.layers[1](
         torch.tensor(x),

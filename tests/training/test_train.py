@@ -22,14 +22,14 @@ from pd_jax.files import load_config, load_params, load_tokenizer
 from pd_jax.layout import Branch, TokenSample, build_layout, fit
 from pd_jax.lora import init_adapters
 from pd_jax.loss import weighted_nll
-from pd_jax.mesh import BATCH_ABT, make_mesh, param_shardings
+from pd_jax.mesh import BATCH_ABT, make_mesh, param_shardings, place_batch
 from pd_jax.model import forward, head, logits
 from pd_jax.params import init_params
-from pd_jax.training.loop import _place, abstract_state
+from pd_jax.training.loop import abstract_state
 from pd_jax.training.stages import finetune, pretrain
 from pd_jax.training.step import Optimisation, StepSettings, make_optimizer, make_step
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = tiny.config()
 OPTIMISATION = Optimisation(learning_rate=1e-2)
 
@@ -310,6 +310,35 @@ def test_the_stages_follow_one_another(tmp_path, caplog):
 # ---------------------------------------------------------------- data
 
 
+def row_settings(length: int, **changes) -> pipeline.RowSettings:
+    return pipeline.RowSettings(**{"length": length, "align": "left", "pad_id": 0, "seed": 0} | changes)
+
+
+def test_a_mix_draws_a_visibility_for_every_sample_by_the_shares():
+    """By the sample and the seed alone, however the samples are packed."""
+    samples = [TokenSample([i], [Branch([7], [8], 9)]) for i in range(300)]
+
+    def drawn(rows: list[list[int]], **changes) -> dict[int, int]:
+        """The background's token of every sample, and its visibility."""
+        settings = row_settings(9, **changes)
+        found = {}
+        for batch in pipeline.finetune_batches(samples, rows, settings, rows_per_step=2):
+            for tokens, branch, valid, kind in zip(
+                *(batch[name] for name in ("tokens", "branch", "valid", "visibility")), strict=True
+            ):
+                found |= {int(tokens[i]): int(kind[i]) for i in np.flatnonzero(valid & (branch == 0))}
+        return found
+
+    alone, packed = [[i] for i in range(300)], [[i, i + 1, i + 2] for i in range(0, 300, 3)]
+    mixed = drawn(packed, mix=(2.0, 1.0, 1.0))
+    assert drawn(alone, mix=(2.0, 1.0, 1.0)) == mixed
+    counts = np.bincount(list(mixed.values()), minlength=3)
+    assert np.abs(counts / 300 - [0.5, 0.25, 0.25]).max() < 4 * 0.5 / 300**0.5
+    assert drawn(packed, mix=(2.0, 1.0, 1.0), seed=1) != mixed
+    assert set(drawn(packed, mix=(0.0, 0.0, 1.0)).values()) == {2}
+    assert set(drawn(packed).values()) == {-1}  # without a mix, none of their own
+
+
 def test_finetuning_sees_every_sample_once_an_epoch():
     sizes = [5, 9, 3, 7, 10, 2, 8]
     rows = pipeline.finetune_rows(sizes, 12, epochs=3, seed=0)
@@ -319,7 +348,7 @@ def test_finetuning_sees_every_sample_once_an_epoch():
     assert all(sum(sizes[i] for i in row) <= 12 for row in rows)
     assert rows == pipeline.finetune_rows(sizes, 12, epochs=3, seed=0)
     samples = [TokenSample(range(size - 2), [Branch([7], [8], 9)]) for size in sizes]
-    batches = list(pipeline.finetune_batches(samples, rows, 12, 2, "left", 0))
+    batches = list(pipeline.finetune_batches(samples, rows, row_settings(12), rows_per_step=2))
     assert all(batch["tokens"].shape == (2, 12) for batch in batches)
     assert sum(batch["valid"].sum() for batch in batches) == 3 * sum(sizes)
 
@@ -331,7 +360,7 @@ def test_workers_change_nothing():
     rows = pipeline.finetune_rows(sizes, 12, epochs=2, seed=0)
 
     def batches(workers: int) -> list[dict[str, np.ndarray]]:
-        return list(pipeline.finetune_batches(samples, rows, 12, 2, "left", 0, workers))
+        return list(pipeline.finetune_batches(samples, rows, row_settings(12), rows_per_step=2, workers=workers))
 
     alone, shared = batches(0), batches(2)
     assert len(alone) == len(shared) == -(-len(rows) // 2)
@@ -344,13 +373,13 @@ def test_every_micro_batch_is_the_same_for_any_number_of_processes(monkeypatch, 
     """What two processes read stands where one process puts it: dropout does not depend on their number."""
     samples = [TokenSample([i, i], [Branch([7], [8], 9)]) for i in range(16)]
     mesh = make_mesh(1, 2, 1, devices=jax.devices()[:2])
-    place = partial(_place, jax.sharding.NamedSharding(mesh, BATCH_ABT), accumulation)
+    place = partial(place_batch, mesh, accumulation)
 
     def batches(process: int, processes: int) -> list[dict]:
         share = grain.sharding.ShardOptions(process, processes)
         monkeypatch.setattr(grain.sharding, "ShardByJaxProcess", lambda: share)
         rows = [[i] for i in range(16)]
-        return list(pipeline.finetune_batches(samples, rows, 5, 8, "left", 0))
+        return list(pipeline.finetune_batches(samples, rows, row_settings(5), rows_per_step=8))
 
     def micro(batch: dict) -> np.ndarray:
         """The first token of every row, [A, B]."""
@@ -363,7 +392,7 @@ def test_every_micro_batch_is_the_same_for_any_number_of_processes(monkeypatch, 
 
 def test_rows_of_squad_are_full():
     """Contexts packed at --max-length 1024: at least 0.85 of the tokens are used, and packing 8,000 takes no time."""
-    data = Path(os.environ.get("PD_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    data = Path(os.environ.get("PD_JAX_DATA", Path(__file__).parents[3] / "shared" / "data"))
     if not (data / "squad").is_dir():
         pytest.skip(f"no data beside the checkout: {data / 'squad'} is absent; set PD_JAX_DATA")
     tokenizer = load_tokenizer(data / "qwen-tokenizer")
@@ -418,7 +447,7 @@ def test_contexts_that_do_not_fit(tmp_path):
 def test_what_does_not_fit_is_counted(tmp_path, monkeypatch, capsys):
     """Backgrounds are shortened first, then samples dropped; no question and no answer is cut."""
     taken = {}
-    monkeypatch.setattr("pd_jax.training.stages.train", lambda flags, start, data, *_: taken.update(next(data)))
+    monkeypatch.setattr("pd_jax.training.stages.train", lambda *_, data, **__: taken.update(next(data)))
     finetune(finetune_flags(tmp_path / "out", max_length=112, batch_size=8, max_branches=4, mesh=(1, 8, 1)))
     said = capsys.readouterr().out.replace("\n", " ")
     assert re.search(r"contexts, \d+ questions; [1-9]\d* backgrounds shortened and [1-9]\d* contexts dropped", said)

@@ -29,7 +29,7 @@ def control(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(control):
     output = control.with_name("exported")
-    script = Path(__file__).parents[1] / "convert" / "flax_to_hf.py"
+    script = Path(__file__).parents[2] / "convert" / "flax_to_hf.py"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["flax_to_hf.py", "--checkpoint", str(control), "--output", str(output)])
         runpy.run_path(str(script), run_name="__main__")
@@ -59,11 +59,11 @@ def test_an_override_is_done_and_said_once(control, caplog):
 
 def test_finetuning_goes_on_as_pretraining_did(control, tmp_path, capsys):
     flags = finetune_flags(tmp_path / "out", model_name=str(control), **ALL)
-    config = prepare(flags, flags.max_length).config
+    config = prepare(flags, flags.max_length)[0].config
     assert (config.visibility, config.align) == ("isolated", "ragged")
     assert "was trained with" not in capsys.readouterr().out
     flags = finetune_flags(tmp_path / "out", model_name=str(control), visibility="prompts", **ALL)
-    config = prepare(flags, flags.max_length).config
+    config = prepare(flags, flags.max_length)[0].config
     assert (config.visibility, config.align) == ("prompts", "ragged")
     assert "was trained with visibility isolated, align ragged; this run trains it with visibility prompts" in (
         " ".join(capsys.readouterr().out.split())

@@ -163,7 +163,7 @@ def test_pieces_are_tokenised_one_by_one():
     assert {branch.end for branch in sample.branches} == {319}
 
 
-DATA = Path(os.environ.get("PD_JAX_DATA", Path(__file__).parents[2] / "shared" / "data")) / "squad"
+DATA = Path(os.environ.get("PD_JAX_DATA", Path(__file__).parents[3] / "shared" / "data")) / "squad"
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}; set PD_JAX_DATA")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 # The script, but for the size of the world's two stages.
 PROGRAM = f"""

@@ -8,20 +8,12 @@ import tiny
 
 from pd_jax.config import known_config
 from pd_jax.decoding.steps import BLOCK, cache_bytes
-from pd_jax.machines import MACHINES
+from pd_jax.machines import GIB, MACHINES
 from pd_jax.params import parameter_count
 from pd_jax.planning import PlanFlags
-from pd_jax.planning.plan import (
-    GIB,
-    Plan,
-    collectives,
-    compile_train_step,
-    local_bytes,
-    plan_decoding,
-    plan_training,
-    report,
-    topology,
-)
+from pd_jax.planning.collectives import collectives
+from pd_jax.planning.compile import compile_train_step, topology
+from pd_jax.planning.plan import Plan, local_bytes, plan_decoding, plan_training, report, workload_of
 
 # A scan of 5 layers inside 3 micro-batches; the inner loop has a noted trip count, the outer one only a condition.
 PROGRAM = """\
@@ -81,7 +73,7 @@ def test_unknown_topologies_list_the_known_ones(name):
     ],
 )
 def test_an_absent_compiler_is_named(monkeypatch, name, install):
-    monkeypatch.setattr("pd_jax.planning.plan.find_spec", lambda module: None)
+    monkeypatch.setattr("pd_jax.planning.compile.find_spec", lambda module: None)
     with pytest.raises(ValueError, match=re.escape(f"the compiler for {name} is not installed; pip install {install}")):
         topology(name)
 
@@ -111,7 +103,7 @@ def test_the_plan_accounts_for_every_array_of_a_step(monkeypatch, lora):
     flags = PlanFlags(batch_size=2, branch_count=2, seq_length=8, use_lora=lora, lora_r=2, mesh=(1, 2, 1))
     config = tiny.config()
     plan = plan_training(flags, config)
-    compiled, state, frozen = compile_train_step(flags, config, jax.devices()[:2])
+    compiled, state, frozen = compile_train_step(workload_of(flags), config, jax.devices()[:2])
     trained = sum(leaf.size for leaf in jax.tree.leaves(state["trained"]))
     assert trained < parameter_count(config) / 4 if lora else trained == parameter_count(config)
     assert plan.held["parameters"] == local_bytes(state["trained"]) + local_bytes(frozen)

@@ -1,0 +1,8 @@
+"""Benchmarks: contenders take turns in one process on this machine, and are reported as ratios.
+
+The flags can be had without jax; what runs imports it when it is called.
+"""
+
+from pd_jax.benchmarks.attention import AttentionFlags as AttentionFlags, time_attention as time_attention
+from pd_jax.benchmarks.decoding import DecodeFlags as DecodeFlags, time_decoding as time_decoding
+from pd_jax.benchmarks.timing import keep_to as keep_to

@@ -1,0 +1,103 @@
+"""Attention backends against plain causal attention and torch, forward and backward."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from pd_jax.benchmarks.models import grid
+from pd_jax.benchmarks.timing import Contender, compiled, fastest, import_torch, table
+from pd_jax.benchmarks.training import time_training
+from pd_jax.cli import flag
+from pd_jax.config import Backend
+from pd_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class AttentionFlags:
+    tokens: tuple[int, ...] = flag((1024, 4096), "row lengths to time")
+    branches: int = flag(16, "branches of a row, one token of each in every column", minimum=1)
+    batch: int = flag(1, "rows", minimum=1)
+    heads: int = flag(8, "query heads", minimum=1)
+    kv_heads: int = flag(4, "key and value heads", minimum=1)
+    head_dim: int = flag(64, "dimensions of a head", minimum=2)
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "auto: float32 on a CPU, bfloat16 elsewhere")
+    backends: tuple[Backend, ...] = flag(
+        ("dense", "chunked", "splash", "tokamax", "cudnn"), "those that cannot run are said"
+    )
+    repeat: int = flag(3, "calls of which the fastest counts", minimum=1)
+    model: bool = flag(True, "on a CPU also time training a 29M model, forward and backward, against torch")
+
+
+def time_attention(flags: AttentionFlags) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from pd_jax.attention import make_attention
+
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = {"auto": jnp.float32 if on_cpu else jnp.bfloat16}.get(flags.dtype) or jnp.dtype(flags.dtype)
+    counts = (flags.heads, flags.kv_heads, flags.kv_heads, flags.heads)
+    print(
+        f"attention on {jax.devices()[0].device_kind}, {jnp.dtype(dtype).name}: {flags.batch} rows, {flags.heads}/"
+        f"{flags.kv_heads} heads of {flags.head_dim}, {flags.branches} branches"
+    )
+    for tokens in flags.tokens:
+        keys = jax.random.split(jax.random.key(0), 4)
+        shapes = [(flags.batch, tokens, n, flags.head_dim) for n in counts]
+        arrays = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+        def make(attend: Callable, backward: bool, arrays: list) -> Contender:
+            def both(q, k, v, cotangent):
+                out, pullback = jax.vjp(attend, q, k, v)
+                return out, pullback(cotangent)
+
+            return compiled(both, *arrays) if backward else compiled(attend, *arrays[:3])
+
+        columns = grid(tokens, flags.branches, flags.batch)
+        causal = grid(tokens, 1, flags.batch)  # one branch: the column mask is the causal mask
+        for backward in (False, True):
+            plain = make_attention(causal)
+            if jax.default_backend() == "gpu":
+                plain = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+            contenders = {"causal": make(plain, backward, arrays)}
+            for backend in flags.backends:
+                try:
+                    contenders[backend] = make(make_attention(columns, backend=backend), backward, arrays)
+                except InputError as error:
+                    if not backward:
+                        print(f"skipped: {error}")
+            if on_cpu:
+                contenders |= torch_attention(columns, arrays, backward)
+            name = "forward and backward" if backward else "forward"
+            table(f"{tokens} tokens, {name}", contenders, fastest(contenders, flags.repeat, on_cpu), "causal")
+    if on_cpu and flags.model:
+        time_training(flags.repeat)
+
+
+def torch_attention(coordinates: Any, arrays: list, backward: bool) -> dict[str, Contender]:
+    """torch's fused attention with the mask as a matrix, and causal."""
+    import numpy as np
+
+    from pd_jax.columns import column_mask
+
+    torch = import_torch()
+    if torch is None:
+        return {}
+    q, k, v, cotangent = (
+        torch.tensor(np.asarray(x, np.float32)).transpose(1, 2).contiguous().requires_grad_(i < 3)
+        for i, x in enumerate(arrays)
+    )
+    mask = np.where(np.asarray(column_mask(coordinates, coordinates)), 0, np.finfo(np.float32).min)[:, None]
+    mask = torch.tensor(mask.astype(np.float32))
+
+    def call(**how: Any) -> None:
+        with torch.set_grad_enabled(backward):
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True, **how)
+            if backward:
+                torch.autograd.grad(out, (q, k, v), cotangent)
+
+    return {
+        "torch, mask": Contender(partial(call, attn_mask=mask)),
+        "torch, causal": Contender(partial(call, is_causal=True)),
+    }

@@ -1,0 +1,122 @@
+"""Taking turns: every contender is called in turn in one process, and the fastest call of each counts."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pd_jax.machines import PeakMemory
+
+
+class Contender(NamedTuple):
+    """`call()` returns when its result is there, perhaps with the `Moment` of its first token.
+
+    `memory` is what it needs beside its inputs, in MB, if known.
+    `like`: the contender that took part of the same work before, and how many times its seconds are expected here.
+    `compiles`: the first call says nothing about those after it.
+    """
+
+    call: Callable[[], Any]
+    memory: float | None = None
+    like: tuple[Any, float] | None = None
+    compiles: bool = False
+
+
+class Moment(NamedTuple):
+    """Seconds of the clock, and of the main thread's CPU."""
+
+    clock: float
+    python: float
+
+    @classmethod
+    def now(cls, on_cpu: bool) -> "Moment":
+        return cls((time.process_time if on_cpu else time.perf_counter)(), time.thread_time())
+
+
+class Timing(NamedTuple):
+    """The least of all calls: seconds in all, until the first token and after it, of the main thread's CPU after it.
+    And the most MB that any call took beyond what was held before it."""
+
+    seconds: float
+    first: float
+    rest: float
+    python: float
+    megabytes: float | None
+
+
+def fastest(
+    contenders: dict[Any, Contender], repeat: int, on_cpu: bool, patience: float = math.inf
+) -> dict[Any, Timing]:
+    """The fastest of `repeat` calls of each, one call of each at a time: a busy spell hits all alike.
+
+    On one core of a CPU the time of this process, not of the clock: other processes then cost little. A call that would
+    take a contender beyond `patience` seconds in all is not made; the first counts only where there is no other. What
+    compiles is always called twice, and compiling costs no patience.
+    """
+    best: dict[Any, Timing] = {}
+    spent: dict[Any, float] = {}
+    for turn in range(repeat + 1):
+        for name, contender in contenders.items():
+            like, times = (name, 1.0) if turn else contender.like or (None, 0.0)
+            expected = 0.0
+            if like is not None:
+                expected = best[like].seconds * times if like in best else math.inf  # one that was skipped
+            compiled_before = turn == 1 and contender.compiles and name in best
+            if spent.get(name, 0.0) + expected > patience and not compiled_before:
+                continue
+            with PeakMemory() as memory:
+                start = Moment.now(on_cpu)
+                first = contender.call()
+                end = Moment.now(on_cpu)
+            first = first if isinstance(first, Moment) else start
+            timing = Timing(
+                end.clock - start.clock,
+                first.clock - start.clock,
+                end.clock - first.clock,
+                end.python - first.python,
+                None if memory.beyond is None else memory.beyond / 1e6,
+            )
+            if turn or not contender.compiles:
+                spent[name] = spent.get(name, 0.0) + timing.seconds
+            old = best.get(name)
+            if old is not None and turn > 1:
+                most = max((m for m in (old.megabytes, timing.megabytes) if m is not None), default=None)
+                timing = Timing(*map(min, timing[:4], old[:4]), most)
+            best[name] = timing
+    return best
+
+
+def table(title: str, contenders: dict[str, Contender], timings: dict[str, Timing], reference: str) -> None:
+    print(f"\n{title}\n{'':28}{'ms':>10}{'x ' + reference:>22}{'MB':>10}")
+    for name, contender in contenders.items():
+        memory = "" if contender.memory is None else f"{contender.memory:.0f}"
+        seconds = timings[name].seconds
+        ratio = timings[reference].seconds / seconds  # throughput: above 1 is faster than the reference
+        print(f"{name:28}{1000 * seconds:10.1f}{ratio:22.2f}{memory:>10}", flush=True)
+
+
+def compiled(function: Callable, *arrays: Any) -> Contender:
+    import jax
+
+    program = jax.jit(function).lower(*arrays).compile()
+    analysis: Any = program.memory_analysis()
+    memory = analysis.temp_size_in_bytes / 1e6
+    return Contender(lambda: jax.block_until_ready(program(*arrays)), memory)
+
+
+def keep_to(cores: int) -> None:
+    """Keep this process on so many cores, before a library counts those it has."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    os.environ["OMP_NUM_THREADS"] = str(cores)
+
+
+def import_torch(threads: int = 1) -> Any:
+    """torch on so many threads, or None where it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    torch.set_num_threads(threads)
+    return torch
