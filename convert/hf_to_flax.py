@@ -25,36 +25,12 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the model need not fit on an accelerator to be converted
     from rich.progress import Progress
 
-    from pd_jax.config import SECTION
-    from pd_jax.files import (
-        check_new,
-        find_model,
-        key_table,
-        load_config,
-        load_params,
-        read_config_json,
-        save_params,
-        staging,
-        write_metadata,
-    )
+    from pd_jax.files import import_model
 
-    output = Path(flags.output)
-    check_new(output)
-    source = find_model(flags.model)
-    hf = read_config_json(source)
-    config = load_config(source, pair_indices=None if SECTION in hf else ())
-    with staging(output) as stage:
-        with Progress() as bar:
-            task = bar.add_task("", total=len(key_table(config)))
-            params = load_params(
-                source,
-                config,
-                None if flags.dtype == "stored" else flags.dtype,
-                progress=lambda name: bar.update(task, advance=1, description=name),
-            )
-        save_params(stage, params)
-        # A plain Qwen3 stays plain: which pairs turn with the branch is chosen when it is trained.
-        write_metadata(stage, hf, source, params["embed"].dtype)
+    output, dtype = Path(flags.output), None if flags.dtype == "stored" else flags.dtype
+    with Progress() as bar:
+        task = bar.add_task("", total=None)
+        source = import_model(flags.model, output, dtype, lambda name: bar.update(task, advance=1, description=name))
     print(f"{source} -> {output}")
 
 

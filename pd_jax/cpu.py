@@ -68,8 +68,13 @@ def times(x: Array, matrix: Array, dtype: Any = None) -> Array:
     return y.T.reshape(*x.shape[:2], -1)
 
 
+def cache_stands_left(rows: int) -> bool:
+    """Whether `attend_from_the_left` is faster for so many rows a kv head; few make its inner loops short."""
+    return on_cpu() and 8 <= rows <= 64
+
+
 def attend_from_the_left(q: Array, k: Array, v: Array, mask: Array, bias: Array | None) -> Array:
-    """The attention of a column with the cache on the left of the scores' product: 8 to 64 rows are faster so.
+    """The attention of a column with the cache on the left of the scores' product.
 
     q [K, S, n, G, H], k and v [K*S, C, H], mask [S, n, C], bias [K, S, n, G, C] -> [K, S, n, G, H].
     """

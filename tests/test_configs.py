@@ -1,3 +1,6 @@
+"""The files beside the code: every YAML file of flags is read, and tools have one version everywhere."""
+
+import re
 from pathlib import Path
 
 import pytest
@@ -19,3 +22,10 @@ def test_every_config_is_read_and_names_its_command(path):
 
 def test_there_is_one_for_every_stage():
     assert {path.stem.split("-")[0] for path in CONFIGS} == {"pretrain", "finetune", "evaluate"}
+
+
+def test_commits_are_checked_with_the_tools_of_the_constraints():
+    root = Path(__file__).parents[1]
+    pinned = dict(re.findall(r"^(\w+)==(\S+)$", (root / "constraints.txt").read_text(), re.M))
+    hooks = re.findall(r"ruff==(\S+)\]", (root / ".pre-commit-config.yaml").read_text())
+    assert hooks == [pinned["ruff"]] * 2

@@ -13,7 +13,18 @@ def shape_of(model: str) -> Any:
 
     if model != "29m":
         return replace(known_config(model), pair_indices=())
-    return ModelConfig(8192, 512, 1536, 8, 8, 4, 64, 1e6, tie_word_embeddings=True, pair_indices=())
+    return ModelConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        pair_indices=(),
+    )
 
 
 def in_transformers(config: Any, params: Any, dtype: str, device: str) -> Any:

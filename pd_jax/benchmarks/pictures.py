@@ -4,10 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-KINDS = ("background", "prompt", "answer")
-COLOURS = ("#9ecae1", "#fdd49e", "#a1d99b")  # of the three kinds
-OWN, SIBLING = "#4c9a5f", "#d9822b"
-
 
 def draw_decoding(measured: Mapping[str, Any], path: Path) -> None:
     """What `scripts/benchmark.py decode` has measured: milliseconds a column (above) and tokens a second of whole calls

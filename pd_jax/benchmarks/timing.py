@@ -10,24 +10,19 @@ from pd_jax.machines import PeakMemory
 
 
 class Contender(NamedTuple):
-    """`call()` returns when its result is there, perhaps with the `Moment` of its first token.
+    """One of those that are timed."""
 
-    `memory` is what it needs beside its inputs, in MB, if known.
-    `like`: the contender that took part of the same work before, and how many times its seconds are expected here.
-    `compiles`: the first call says nothing about those after it.
-    """
-
-    call: Callable[[], Any]
-    memory: float | None = None
-    like: tuple[Any, float] | None = None
-    compiles: bool = False
+    call: Callable[[], Any]  # returns when its result is there, perhaps with the `Moment` of its first token
+    memory: float | None = None  # MB that it needs beside its inputs, if known
+    like: tuple[Any, float] | None = None  # who did part of this work before, and how many times its seconds are due
+    compiles: bool = False  # the first call says nothing about those after it
 
 
 class Moment(NamedTuple):
-    """Seconds of the clock, and of the main thread's CPU."""
+    """A point in time."""
 
-    clock: float
-    python: float
+    clock: float  # seconds: of the process's CPU where it keeps to one core, else of the clock
+    python: float  # seconds of the main thread's CPU
 
     @classmethod
     def now(cls, on_cpu: bool) -> "Moment":
@@ -35,14 +30,13 @@ class Moment(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """The least of all calls: seconds in all, until the first token and after it, of the main thread's CPU after it.
-    And the most MB that any call took beyond what was held before it."""
+    """The least of all calls of a contender, but for the memory."""
 
-    seconds: float
-    first: float
-    rest: float
-    python: float
-    megabytes: float | None
+    seconds: float  # of a whole call
+    first: float  # seconds until the first token
+    rest: float  # seconds after it
+    python: float  # seconds of the main thread's CPU after it
+    megabytes: float | None  # the most that a call took beyond what was held before it; None: not known
 
 
 def fastest(

@@ -7,6 +7,7 @@ from pd_jax.decoding.sampling import Method as Method, SamplingParams as Samplin
 from pd_jax.decoding.steps import (
     BLOCK as BLOCK,
     Program as Program,
+    State as State,
     cache_bytes as cache_bytes,
     decode_block as decode_block,
     prefill as prefill,

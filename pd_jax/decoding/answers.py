@@ -42,7 +42,7 @@ class Columns:
     """Columns of all samples of a call, as they arrive."""
 
     first: int  # the first of them, counted from the first answer column
-    tokens: np.ndarray  # int32 [C, S, n], -1 where a branch says nothing; S and n as rounded up to buckets
+    tokens: np.ndarray  # int32 [C, S, n], -1 where a branch says nothing; S, n rounded up
 
 
 class Transcript:

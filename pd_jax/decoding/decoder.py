@@ -275,6 +275,8 @@ class ParallelDecoder:
     ) -> Iterator[tuple[Columns, list[list[Transcript]]]]:
         """Decode: the first column, then up to `every` (at most BLOCK) at once, and what every branch has said so far
         (the same transcripts each time, which grow)."""
+        if not 1 <= every <= BLOCK:
+            raise InputError(f"every is {every}; it must be 1 to {BLOCK} columns")
         limits = branch_limits(samples, params.max_new_tokens)
         prompt = make_prompt(samples, limits, self.align, self.visibility)
         self._check(samples, prompt)

@@ -22,7 +22,7 @@ from jax import Array
 from pd_jax.attention import make_attention
 from pd_jax.columns import Coordinates, column_mask, rope_tables, sibling_mask
 from pd_jax.config import ModelConfig, RowVisibility
-from pd_jax.cpu import attend_from_the_left, on_cpu, times
+from pd_jax.cpu import attend_from_the_left, cache_stands_left, times
 from pd_jax.decoding.prompts import Prompt
 from pd_jax.decoding.sampling import Controls, Method, distribution, draw
 from pd_jax.mesh import CACHE_KS_C_H
@@ -121,7 +121,7 @@ def cached_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | No
     folded = q.reshape(s, n, heads, -1, h).transpose(2, 0, 1, 3, 4)  # [K, S, n, G, H]
     if bias is not None:
         bias = bias.reshape(s, heads, -1, n, slots).transpose(1, 0, 3, 2, 4)  # [K, S, n, G, C]
-    if on_cpu() and 8 <= n * folded.shape[3] <= 64:
+    if cache_stands_left(n * folded.shape[3]):
         out = attend_from_the_left(folded, k, v, mask, bias)
     else:
         rows = folded.reshape(heads * s, -1, h)

@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pd_jax.config import SECTION, SETTINGS, ModelConfig
 from pd_jax.errors import InputError
-from pd_jax.files.safetensors import Progress, raise_collected, read_params
+from pd_jax.files.safetensors import Progress, differences, raise_collected, read_params
 from pd_jax.params import SIBLING_BIAS_START, Params, param_shapes
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ CHUNK_BYTES = 64 << 20  # what is compressed at once
 def find_model(path_or_hub_id: str, local_files_only: bool = False) -> Path:
     """A directory as it is, or the local snapshot of a hub id (downloaded unless `local_files_only`).
 
-    Raises `ValueError` when there is neither.
+    Raises `InputError` when there is neither.
     """
     directory = Path(path_or_hub_id).expanduser()
     if directory.is_dir():
@@ -96,19 +96,26 @@ def find_source(
     return ModelSource(find_model(base, local_files_only), directory)
 
 
-def read_config_json(directory: Path) -> dict[str, Any]:
-    """`directory`/config.json as a dict. Raises `ValueError` when it is absent or not JSON."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise InputError(f"{directory} has no config.json; pass a Hugging Face model directory or a pd_jax checkpoint")
+def read_json(path: Path, advice: str = "") -> dict[str, Any]:
+    """The JSON object in a file. Raises `InputError` naming the file when it is absent or holds anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} has no {path.name}{advice}") from None
+    except (OSError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds {type(content).__name__}, not a JSON object")
+    return content
+
+
+def read_config_json(directory: Path) -> dict[str, Any]:
+    """A model directory's config.json."""
+    return read_json(directory / "config.json", "; pass a Hugging Face model directory or a pd_jax checkpoint")
 
 
 def load_config(directory: Path, pair_indices: Sequence[int] | None = None, adapter: Path | None = None) -> ModelConfig:
-    """The model's configuration; `pair_indices` must agree with what is stored. Raises `ValueError`.
+    """The model's configuration; `pair_indices` must agree with what is stored. Raises `InputError`.
 
     A plain Qwen3 has no column settings of its own: as the base of a LoRA `adapter` it takes those it was trained with,
     and any base takes the adapter's visibility and alignment. Settings of an older pd_jax store neither; they mean
@@ -137,18 +144,12 @@ def _say_assumed(name: str) -> None:
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """A LoRA directory's adapter_config.json. Raises `ValueError` when it is absent or not JSON."""
-    path = directory / ADAPTER_CONFIG
-    if not path.is_file():
-        raise InputError(f"{directory} has no {ADAPTER_CONFIG}; pass the directory of a LoRA adapter")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
+    """A LoRA directory's adapter_config.json."""
+    return read_json(directory / ADAPTER_CONFIG, "; pass the directory of a LoRA adapter")
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The directory's fast tokenizer. Raises `ValueError` when its files are missing."""
+    """The directory's fast tokenizer. Raises `InputError` when its files are missing."""
     if not (directory / "tokenizer.json").is_file() and not (directory / "vocab.json").is_file():
         raise InputError(f"{directory} has no tokenizer (tokenizer.json); copy the base model's tokenizer files there")
     from transformers import AutoTokenizer
@@ -167,7 +168,7 @@ def load_eos_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         path = directory / name
         if path.is_file():
-            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            ids = read_json(path).get("eos_token_id")
             if ids is not None:
                 return tuple(ids) if isinstance(ids, list) else (ids,)
     if tokenizer.eos_token_id is None:
@@ -240,13 +241,7 @@ def _load_orbax(path: Path, config: ModelConfig, dtype: Any, shardings: Any) -> 
     }
     if not have:
         raise InputError(f"{path} is not a readable checkpoint: it holds no arrays; is it damaged?")
-    errors = [f"{name} is missing" for name in want if name not in have]
-    errors += [f"{name} is unknown" for name in have if name not in want]
-    errors += [
-        f"{name} has shape {list(have[name].shape)}, the config says {list(shape)}"
-        for name, shape in want.items()
-        if name in have and tuple(have[name].shape) != shape
-    ]
+    errors = differences(have, want, "the config says")
     raise_collected(path, errors)
     target = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding),
@@ -308,7 +303,7 @@ def staging(directory: Path, last: str = "config.json") -> Generator[Path]:
 
 
 def check_new(directory: Path) -> None:
-    """Raise `ValueError` when a conversion would write over something."""
+    """Raise `InputError` when a conversion would write over something."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} exists and is not empty; remove it or choose another --output")
 

@@ -12,7 +12,7 @@ from jax import Array
 from pd_jax.config import SECTION, LoraConfig, ModelConfig
 from pd_jax.errors import InputError
 from pd_jax.files.directories import ADAPTER_CONFIG, BASE_FINGERPRINT, fingerprint, read_adapter_config, staging
-from pd_jax.files.safetensors import Pending, raise_collected, read_header, write_safetensors
+from pd_jax.files.safetensors import Pending, differences, raise_collected, read_header, write_safetensors
 from pd_jax.lora import adapter_shapes
 from pd_jax.params import PROJECTIONS, Params
 
@@ -89,7 +89,7 @@ def save_adapter(
 def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None) -> tuple[Params, LoraConfig]:
     """The adapters of a PEFT directory (ours or PEFT's own) for a base of `config`, float32, and their settings.
 
-    Raises `ValueError` when the adapter was trained on a base with other settings or, where `base` is given, other
+    Raises `InputError` when the adapter was trained on a base with other settings or, where `base` is given, other
     files than those of that directory; when it uses what only PEFT has; and with every tensor that is missing, unknown
     or of another shape.
     """
@@ -133,13 +133,7 @@ def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None)
         for part, shape in parts.items()
         for layer in range(config.num_hidden_layers)
     }
-    errors = [f"{name} is missing" for name in expected if name not in tensors]
-    errors += [f"{name} is unknown" for name in tensors if name not in expected]
-    errors += [
-        f"{name} has shape {list(tensors[name].shape)}, r and the base say {list(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
+    errors = differences(tensors, expected, "r and the base say")
     raise_collected(directory / ADAPTER_WEIGHTS, errors)
 
     def stack(name: str, part: str, shape: tuple[int, ...]) -> Array:

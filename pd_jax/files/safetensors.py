@@ -1,12 +1,11 @@
 """Hugging Face's tensors and ours: one key table both ways, and safetensors read and written one tensor at a time.
 
-The files are read with plain seeks into the array that keeps the numbers (no mmap, whose pages would count as resident
-memory, and no second copy of a tensor), and only the rows that a shard needs.
+A tensor is read in blocks, straight into the array that keeps the numbers, and only the rows that a shard needs.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from pd_jax.config import ModelConfig
 from pd_jax.errors import InputError
@@ -30,7 +30,7 @@ class Entry(NamedTuple):
     """One tensor: Hugging Face's name for it and its place in `Params`."""
 
     name: str
-    path: tuple[str, ...]
+    path: tuple[str, ...]  # its keys in `Params`
     layer: int | None  # its place along L; None for embed, norm and lm_head
     shape: tuple[int, ...]  # in our axes, without L
     order: tuple[int, ...]  # our axes in Hugging Face's order: outputs, then inputs
@@ -59,65 +59,43 @@ def key_table(config: ModelConfig) -> dict[str, Entry]:
 
 # --- reading safetensors
 class Tensor(NamedTuple):
-    """A tensor in a safetensors file: where its bytes are."""
+    """A tensor in a safetensors file."""
 
     file: Path
+    name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    offset: int
 
-    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, rows) of rows [start, stop) of the first axis, at most `BLOCK_BYTES` at once."""
-        stop = self.shape[0] if stop is None else stop
-        row = math.prod(self.shape[1:])
-        step = max(1, BLOCK_BYTES // max(1, row * self.dtype.itemsize))
-        with self.file.open("rb") as file:
-            file.seek(self.offset + start * row * self.dtype.itemsize)
-            for first in range(start, stop, step):
-                rows = min(step, stop - first)
-                yield first, np.fromfile(file, self.dtype, rows * row).reshape(rows, *self.shape[1:])
+    def blocks(self, start: int = 0, stop: int | None = None, rows_each: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+        """(first, rows) of the groups [start, stop) of `rows_each` rows of the first axis, `BLOCK_BYTES` at most.
+
+        The file is opened for each of them: what is mapped counts as resident memory until it is closed.
+        """
+        stop = self.shape[0] // rows_each if stop is None else stop
+        group = rows_each * math.prod(self.shape[1:]) * self.dtype.itemsize
+        step = max(1, BLOCK_BYTES // max(1, group))
+        for first in range(start, stop, step):
+            last = min(stop, first + step)
+            with safe_open(self.file, framework="np") as file:
+                yield first, file.get_slice(self.name)[first * rows_each : last * rows_each]
 
     def read(self) -> np.ndarray:
         """The whole tensor, in its own dtype."""
         return np.concatenate([rows for _, rows in self.blocks()])
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise InputError(f"duplicate tensors {twice}")
-    return dict(pairs)
-
-
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file. Raises `ValueError` naming the file when it is damaged or truncated.
-
-    Source: https://huggingface.co/docs/safetensors (8 bytes of header length, JSON, then the tensors' bytes).
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise InputError(f"{path} is truncated or not safetensors ({size:,} bytes); download it again")
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
-        except ValueError as error:
-            raise InputError(f"{path} has a damaged header ({error}); download it again") from None
-    header.pop("__metadata__", None)
-    tensors, wanted = {}, 8 + length
-    for name, info in header.items():
-        if info["dtype"] not in DTYPES:
-            raise InputError(f"{path}: {name} is stored as {info['dtype']}, only {', '.join(DTYPES)} are supported")
-        start, stop = info["data_offsets"]
-        dtype, shape = DTYPES[info["dtype"]], tuple(info["shape"])
-        if stop - start != math.prod(shape) * dtype.itemsize:
-            raise InputError(f"{path}: {name} has {stop - start:,} bytes, not what {info['dtype']} {shape} takes")
-        tensors[name] = Tensor(path, dtype, shape, 8 + length + start)
-        wanted = max(wanted, 8 + length + stop)
-    if size != wanted:
-        raise InputError(f"{path} is truncated: {size:,} bytes, its header promises {wanted:,}; download it again")
-    return tensors
+    """The tensors of one safetensors file. Raises `InputError` naming the file when it is damaged or truncated."""
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except SafetensorError as error:
+        raise InputError(f"{path} is truncated or damaged ({error}); download it again") from None
+    for name, (dtype, _) in found.items():
+        if dtype not in DTYPES:
+            raise InputError(f"{path}: {name} is stored as {dtype}, only {', '.join(DTYPES)} are supported")
+    return {name: Tensor(path, name, DTYPES[dtype], shape) for name, (dtype, shape) in found.items()}
 
 
 def find_tensors(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -149,14 +127,19 @@ def find_tensors(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, errors
 
 
-def _check(tensors: dict[str, Tensor], table: dict[str, Entry], errors: list[str]) -> None:
-    """Append to `errors` every tensor that is missing, unknown or of another shape."""
-    errors += [f"{name} is missing" for name in table if name not in tensors]
-    errors += [f"{name} is unknown" for name in tensors if name not in table]
-    errors += [
-        f"{name} has shape {list(tensors[name].shape)}, the config says {list(entry.hf_shape)}"
-        for name, entry in table.items()
-        if name in tensors and tensors[name].shape != entry.hf_shape
+def differences(found: Mapping[str, Any], expected: Mapping[str, Sequence[int]], source: str) -> list[str]:
+    """A line for every array that is missing, unknown or of another shape than `source` says.
+
+    `found` has anything with a shape by name, `expected` the shapes.
+    """
+    return [
+        *(f"{name} is missing" for name in expected if name not in found),
+        *(f"{name} is unknown" for name in found if name not in expected),
+        *(
+            f"{name} has shape {list(found[name].shape)}, {source} {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and tuple(found[name].shape) != tuple(shape)
+        ),
     ]
 
 
@@ -174,7 +157,7 @@ def _drop_tied_head(tensors: dict[str, Tensor], errors: list[str]) -> None:
 
 
 def raise_collected(where: Path, errors: list[str], shown: int = 20) -> None:
-    """Raise one `ValueError` for `errors`, if there are any."""
+    """Raise one `InputError` for `errors`, if there are any."""
     if errors:
         more = f"; and {len(errors) - shown} more" if len(errors) > shown else ""
         raise InputError(f"{where}: " + "; ".join(errors[:shown]) + more)
@@ -186,7 +169,7 @@ def read_params(
     """The model of a Hugging Face directory as jax arrays, every tensor read straight to its place.
 
     `dtype` None keeps the files' own. `shardings` is a tree like `param_shapes(config)`; None is the default device.
-    `progress` is called with a tensor's name after it was read (once a shard). Raises `ValueError` with everything
+    `progress` is called with a tensor's name after it was read (once a shard). Raises `InputError` with everything
     that is missing, unknown, duplicate, truncated or of another shape, before any weight is read.
     """
     table = key_table(config)
@@ -194,7 +177,7 @@ def read_params(
     if config.tie_word_embeddings:
         _drop_tied_head(tensors, errors)
     if not errors:
-        _check(tensors, table, errors)
+        errors += differences(tensors, {name: entry.hf_shape for name, entry in table.items()}, "the config says")
     kinds: dict[tuple[str, ...], list[Entry]] = {}
     for entry in table.values():
         kinds.setdefault(entry.path, []).append(entry)
@@ -237,11 +220,11 @@ def read_params(
 
 def _fill(out: np.ndarray, tensor: Tensor, entry: Entry, ranges: list[range]) -> None:
     """Fill `out`, the part `ranges` of our axes of `entry`, from the file."""
-    view = tensor._replace(shape=tuple(entry.shape[axis] for axis in entry.order))  # heads and head_dim apart
-    rows, *rest = (ranges[axis] for axis in entry.order)
+    shape = [entry.shape[axis] for axis in entry.order]  # the file's, with heads and head_dim apart
+    groups, *rest = (ranges[axis] for axis in entry.order)
     target = out.transpose(entry.order)
-    for first, block in view.blocks(rows.start, rows.stop):
-        place = first - rows.start
+    for first, rows in tensor.blocks(groups.start, groups.stop, tensor.shape[0] // shape[0]):
+        place, block = first - groups.start, rows.reshape(-1, *shape[1:])
         target[place : place + len(block)] = block[(slice(None), *(slice(r.start, r.stop) for r in rest))]
 
 

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from pd_jax.columns import Coordinates
 from pd_jax.config import Backend, LoraConfig, ModelConfig, Remat
-from pd_jax.decoding import BLOCK, Method, Program, Prompt, SamplingParams, decode_block, prefill, unstack
+from pd_jax.decoding import BLOCK, Method, Program, Prompt, SamplingParams, State, decode_block, unstack
 from pd_jax.errors import InputError
 from pd_jax.layout import Layout
 from pd_jax.lora import adapter_shapes
@@ -34,6 +34,8 @@ from pd_jax.mesh import (
 )
 from pd_jax.params import init_params
 from pd_jax.training import Optimisation, StepSettings, abstract_state, make_optimizer, make_step
+
+log = logging.getLogger(__name__)
 
 # How XLA describes an H100 SXM to itself (stream_executor's GpuTargetConfigProto).
 H100_TARGET = """\
@@ -80,7 +82,7 @@ class Workload:
 def topology(name: str) -> tuple[Machine, list[Any]]:
     """The machine and the devices of `name`, e.g. "v5e:4x4" or "h100:8", none of which need exist.
 
-    Raises `ValueError` for a name that is not known, or when its compiler is not installed.
+    Raises `InputError` for a name that is not known, or when its compiler is not installed.
     """
     kind, _, shape = name.partition(":")
     unknown = f"topology {name!r} is not known; give one like v5e:4x4, v5p:2x2x1, v6e:4x4 or h100:1 to h100:8"
@@ -115,9 +117,10 @@ def compile_train_step(workload: Workload, config: ModelConfig, devices: list[An
     mesh = make_mesh(*workload.mesh, devices=devices)
     check_model(config, mesh)
     check_batch(workload.batch_size, mesh)
-    # NVIDIA's kernels cannot be traced without their GPU.
-    traced = "chunked" if devices[0].platform == "gpu" and workload.attention == "auto" else workload.attention
-    lora = workload.lora
+    attention, lora = workload.attention, workload.lora
+    if attention == "auto" and devices[0].platform == "gpu":
+        attention = "chunked"
+        log.info("attention: chunked on gpu (its kernels cannot be traced without one)")
     optimizer, _ = make_optimizer(Optimisation(), 1000)
     here, shardings = NamedSharding(mesh, P()), param_shardings(config, mesh)
     weights = jax.eval_shape(partial(init_params, config), jax.random.key(0))
@@ -139,50 +142,64 @@ def compile_train_step(workload: Workload, config: ModelConfig, devices: list[An
         f.name: jax.ShapeDtypeStruct(shape, kinds.get(f.name, np.int32), sharding=rows)
         for f in dataclasses.fields(Layout)
     }
-    step, _ = make_step(config, optimizer, StepSettings(jnp.bfloat16, workload.remat, traced), lora)
+    step, _ = make_step(config, optimizer, StepSettings(jnp.bfloat16, workload.remat, attention), lora)
     places = jax.tree.map(lambda x: x.sharding, state)
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
         return jitted.lower(state, frozen, batch).compile(), state, frozen
 
 
-def decoder_arguments(program: Program, dtype: str, tokens: int, branches: int, room: int) -> tuple[tuple, tuple]:
-    """The arguments of `loop.prefill` and of `loop.decode_block`, as trees of ShapeDtypeStruct: one row of `tokens` and
-    `branches`, and a cache with room for `room` columns."""
+def decoder_arguments(config: ModelConfig, dtype: str, *, tokens: int, branches: int, room: int) -> tuple[tuple, tuple]:
+    """The arguments of `pd_jax.decoding.prefill` and of `decode_block` after it, as trees of ShapeDtypeStruct: one row
+    of `tokens` and `branches`, a cache with room for `room` columns, the likeliest token each time.
 
-    def begin(key: jax.Array) -> tuple:
-        row, branch = jnp.zeros((1, tokens), jnp.int32), jnp.zeros((1, branches), jnp.int32)
-        coordinates = Coordinates(row, row, row, row == 0, row == 0)
-        prompt = Prompt(row, coordinates, branch, branch, branch[..., None][..., :0], branch, branch, branch)
-        weights = unstack(init_params(program.config, key, dtype), dtype)
-        controls = SamplingParams().controls((1,), jnp.ones(program.config.vocab_size, bool))
-        state, _ = prefill(weights, controls, prompt, program=program, room=room)
-        return (weights, controls, prompt), (weights, controls, state, branch == 0, jnp.int32(room))
+    The state between the two is written down, not traced: a prefill would choose its attention by the machine that this
+    runs on, and NVIDIA's kernels cannot be traced without their GPU.
+    """
 
-    log = logging.getLogger("pd_jax.attention")
-    before = log.level
-    log.setLevel(logging.ERROR)  # shapes only: the backend that this machine would take is no news
-    try:
-        return jax.eval_shape(begin, jax.random.key(0))
-    finally:
-        log.setLevel(before)
+    def array(*shape: int, of: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, of)
+
+    def places(count: int) -> Coordinates:
+        place, flag = array(1, count), array(1, count, of=jnp.bool_)
+        return Coordinates(branch=place, column=place, segment=place, valid=flag, prompt=flag)
+
+    branch, flag, scalar = array(1, branches), array(1, branches, of=jnp.bool_), array()
+    begun = {"first": branch, "forced": array(1, branches, 0), "forced_count": branch, "limit": branch}
+    stream = array(1, branches, of=jnp.uint32)
+    prompt = Prompt(tokens=array(1, tokens), coordinates=places(tokens), last=branch, stream=stream, **begun)
+    slots = tokens + branches * room
+    cache = array(config.num_key_value_heads, slots, config.head_dim, of=dtype)
+    state = State(
+        cache=[(cache, cache)] * config.num_hidden_layers,
+        coordinates=places(slots),
+        slot=scalar,
+        count=scalar,
+        token=branch,
+        live=flag,
+        done=flag,
+        key=None,
+        seen=None,
+        **begun,
+    )
+    weights = jax.eval_shape(lambda key: unstack(init_params(config, key, dtype), dtype), jax.random.key(0))
+    controls = jax.eval_shape(lambda: SamplingParams().controls((1,), jnp.ones(config.vocab_size, bool)))
+    return (weights, controls, prompt), (weights, controls, state, flag, scalar)
 
 
 def compile_decoder(workload: Workload, config: ModelConfig, devices: list[Any]) -> tuple[Any, Any, Any]:
-    """`loop.decode_block` in bfloat16 for one row of branches, compiled for as many of `devices` as share out the kv
+    """A block of columns in bfloat16 for one row of branches, compiled for as many of `devices` as share out the kv
     heads; its abstract weights and cache."""
     mesh = make_mesh(1, 1, -1, devices=devices[: math.gcd(len(devices), config.num_key_value_heads)])
     check_model(config, mesh)
-    branches, length = workload.branches, workload.length
-    program = Program(config, "columns", Method())
-    _, arrays = decoder_arguments(program, "bfloat16", length, branches, 4 * BLOCK)
-
-    weights, controls, state, ended, until = arrays
+    sizes = {"tokens": workload.length, "branches": workload.branches, "room": 4 * BLOCK}
+    _, (weights, controls, state, ended, until) = decoder_arguments(config, "bfloat16", **sizes)
     here = NamedSharding(mesh, P())
     weights = abstract_arrays(weights, decoding_shardings(config, mesh))
     cache = jax.tree.map(lambda _: NamedSharding(mesh, CACHE_KS_C_H), state.cache)
     state = abstract_arrays(state, dataclasses.replace(jax.tree.map(lambda _: here, state), cache=cache))
     controls, ended, until = (abstract_arrays(x, jax.tree.map(lambda _: here, x)) for x in (controls, ended, until))
+    program = Program(config, "columns", Method())
     with jax.set_mesh(mesh):
         compiled = decode_block.lower(weights, controls, state, ended, until, program=program).compile()
     return compiled, weights, state.cache

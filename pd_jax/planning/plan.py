@@ -6,7 +6,7 @@ hand (XLA counts the body of a loop once).
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -19,19 +19,19 @@ from pd_jax.planning.compile import Workload, compile_decoder, compile_train_ste
 from pd_jax.planning.flags import PlanFlags
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One device's share of one `unit`, "step" or "column", in which `devices` of them work on `tokens` tokens."""
+    """What one device does in one unit of work."""
 
     machine: Machine
-    devices: int
-    unit: str
-    tokens: int
+    devices: int  # that share the work
+    unit: Literal["step", "column"]
+    tokens: int  # of the unit, on all devices
     held: dict[str, int]  # bytes by what they are for
-    peak: int
+    peak: int  # bytes, the most at once
     flops: float
-    traffic: float
-    collectives: dict[str, tuple[int, int]]
+    traffic: float  # bytes to and from memory
+    collectives: dict[str, tuple[int, int]]  # by kind: how many, and bytes sent in all of them
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -56,6 +56,7 @@ def peak_bytes(memory: Any) -> int:
 
 
 def workload_of(flags: PlanFlags) -> Workload:
+    """What is compiled, as the flags say."""
     return Workload(
         mesh=flags.mesh,
         batch_size=flags.batch_size,

@@ -243,6 +243,12 @@ def test_columns_are_what_generate_says():
     assert (joined[:, 1, 2:] == -1).all()  # no such branch
 
 
+@pytest.mark.parametrize("every", [0, BLOCK + 1])
+def test_columns_come_in_blocks_of_a_size_that_exists(every):
+    with pytest.raises(ValueError, match=f"every is {every}; it must be 1 to {BLOCK} columns"):
+        next(decoder().columns(ASKED, every=every))
+
+
 # --- ends
 def test_decoding_stops_when_all_branches_have_ended(monkeypatch):
     free = tokens(alone().generate(ASKED, max_new_tokens=12))
@@ -490,7 +496,7 @@ def test_a_call_needs_its_weights_its_cache_and_a_tenth(tokens):
     """Qwen3-0.6B, 16 branches: what XLA reserves for the prefill and for a block of columns."""
     config, room = known_config("Qwen/Qwen3-0.6B"), BLOCK
     program = Program(config, "columns", Method())
-    first, then = decoder_arguments(program, "float32", tokens, 16, room)
+    first, then = decoder_arguments(config, "float32", tokens=tokens, branches=16, room=room)
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(first[0]))
     limit = 1.1 * (weights + cache_bytes(config, 1, tokens, 16, room, "float32"))
     for lowered in (prefill.lower(*first, program=program, room=room), decode_block.lower(*then, program=program)):

@@ -16,8 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from pd_jax.columns import Coordinates
 from pd_jax.config import ModelConfig, known_config
-from pd_jax.decoding.sampling import Method
-from pd_jax.decoding.steps import BLOCK, Program, decode_block
+from pd_jax.decoding import BLOCK, Method, Program, decode_block
 from pd_jax.loss import weighted_nll
 from pd_jax.model import forward, head
 from pd_jax.params import init_params
@@ -140,7 +139,7 @@ def decoder_program(platform: str, branches: int):
     array, and the bytes of the smallest weight matrix or cache array."""
     config = dataclasses.replace(known_config("Qwen/Qwen3-4B"), num_hidden_layers=LAYERS)
     program = Program(config, "columns", Method())
-    _, arguments = decoder_arguments(program, "bfloat16", 1024, branches, 4 * BLOCK)
+    _, arguments = decoder_arguments(config, "bfloat16", tokens=1024, branches=branches, room=4 * BLOCK)
     weights, _, state, *_ = arguments
     block = partial(decode_block.__wrapped__, program=program)
     large = jax.tree.leaves((weights["layers"], state.cache))

@@ -1,5 +1,8 @@
+"""The planner: the collectives of a program, what a plan holds and says, and names that are not known."""
+
 import dataclasses
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +10,12 @@ import pytest
 import tiny
 
 from pd_jax.config import known_config
-from pd_jax.decoding.steps import BLOCK, cache_bytes
+from pd_jax.decoding import BLOCK, Method, Program, cache_bytes, decode_block, prefill
 from pd_jax.machines import GIB, MACHINES
 from pd_jax.params import parameter_count
 from pd_jax.planning import PlanFlags
 from pd_jax.planning.collectives import collectives
-from pd_jax.planning.compile import compile_train_step, topology
+from pd_jax.planning.compile import compile_train_step, decoder_arguments, topology
 from pd_jax.planning.plan import Plan, local_bytes, plan_decoding, plan_training, report, workload_of
 
 # A scan of 5 layers inside 3 micro-batches; the inner loop has a noted trip count, the outer one only a condition.
@@ -87,12 +90,40 @@ def test_unknown_models_list_the_known_ones():
 def test_the_report_says_by_how_much_it_does_not_fit():
     held = {"parameters": 4 * GIB, "optimizer": 8 * GIB}
     gathered = {"all-gather": (72, 400 * 10**9)}
-    plan = Plan(MACHINES["v5e"], 16, "step", 65536, held, 17 * GIB, 197e12, 819e8, gathered)
+    plan = Plan(
+        machine=MACHINES["v5e"],
+        devices=16,
+        unit="step",
+        tokens=65536,
+        held=held,
+        peak=17 * GIB,
+        flops=197e12,
+        traffic=819e8,
+        collectives=gathered,
+    )
     text = report("4B", plan)
     assert "4B: does not fit, 1.00 GiB too much" in text
     assert "parameters 4.00 GiB, optimizer 8.00 GiB" in text
     assert "all-gather          72 a step, 400 GB sent" in text
     assert "bound by links: at best 2000.00 ms a step, 32,768 tokens/s on 16 devices" in text
+
+
+def test_the_planned_state_of_decoding_is_the_one_that_a_prefill_leaves():
+    config = tiny.config()
+    program = Program(config, "columns", Method())
+    first, then = decoder_arguments(config, "bfloat16", tokens=64, branches=4, room=BLOCK)
+    left, _ = jax.eval_shape(partial(prefill, program=program, room=BLOCK), *first)
+    after, _ = jax.eval_shape(partial(decode_block, program=program), *then)
+    for state in (left, after):
+        assert jax.tree.structure(state) == jax.tree.structure(then[2])
+        assert [(x.shape, x.dtype) for x in jax.tree.leaves(state)] == [
+            (x.shape, x.dtype) for x in jax.tree.leaves(then[2])
+        ]
+
+
+def test_planning_decoding_does_not_choose_the_attention_of_this_machine(monkeypatch):
+    monkeypatch.setattr("pd_jax.decoding.steps.make_attention", None)
+    decoder_arguments(tiny.config(), "bfloat16", tokens=512, branches=4, room=BLOCK)
 
 
 @pytest.mark.slow
