@@ -43,6 +43,10 @@ def test_quickstart_answers_in_parallel_what_training_never_saw(tmp_path):
     assert summary["rows"]["columns"]["em"]["value"] >= 90
     assert summary["rows"]["columns"]["f1"]["value"] >= summary["rows"]["columns"]["em"]["value"]
     assert "finetuned, all in parallel" in first.stdout
+    notes = json.loads((out / "evaluation-notes" / "results.json").read_text(encoding="utf-8"))["summary"]["rows"]
+    assert notes["columns"]["em"]["value"] >= 60  # what a sibling's note says is read there ...
+    assert notes["isolated"]["em"]["value"] <= 10  # ... and nowhere else: the best guess is right in 3 %
+    assert "the door: sibling_bias" in first.stdout
     for name in ("loss", "layout", "mask"):
         assert pixels(out / f"{name}.png").std() > 0.01
         assert f"{name}.png" in first.stdout

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from pd_jax.benchmarks.models import grid
+from pd_jax.benchmarks.models import equal_branches
 from pd_jax.benchmarks.timing import Contender, compiled, fastest, import_torch, table
 from pd_jax.benchmarks.training import time_training
 from pd_jax.cli import flag
@@ -54,8 +54,8 @@ def time_attention(flags: AttentionFlags) -> None:
 
             return compiled(both, *arrays) if backward else compiled(attend, *arrays[:3])
 
-        columns = grid(tokens, flags.branches, flags.batch)
-        causal = grid(tokens, 1, flags.batch)  # one branch: the column mask is the causal mask
+        columns = equal_branches(tokens, flags.branches, flags.batch)
+        causal = equal_branches(tokens, 1, flags.batch)  # one branch: the column mask is the causal mask
         for backward in (False, True):
             plain = make_attention(causal)
             if jax.default_backend() == "gpu":

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,41 @@ class DecodeFlags:
     output: str | None = flag(None, "also write what was measured to this .json file, and a plot beside it")
 
 
+@dataclass(kw_only=True)
+class Measurement:
+    """One contender at one size: a row of the table and of the .json file. None is what does not apply to it."""
+
+    contender: str
+    background: int  # tokens
+    branches: int
+    new_tokens: int  # of every branch
+    seconds: float | None  # of a whole call
+    prefill_ms: float | None  # until the first token
+    column_ms: float | None  # of every column after it
+    tokens_per_second: float | None  # of a whole call
+    roofline: float | None  # the share of a column's time in which what it must read can be read
+    megabytes: float | None  # that a call takes beyond what was held before it
+    python_ms: float | None  # of the host, a block of columns
+    growth: float | None = None  # column_ms over that of one branch
+    x_one_by_one: float | None = None  # how many times as fast as transformers, whole calls
+    x_batched: float | None = None
+    x_batched_column: float | None = None  # likewise, a column
+
+
+# Of the table: title, field, digits.
+FIGURES = (
+    ("s", "seconds", 2),
+    ("prefill ms", "prefill_ms", 1),
+    ("column ms", "column_ms", 2),
+    ("t(n)/t(1)", "growth", 2),
+    ("tokens/s", "tokens_per_second", 0),
+    ("roofline", "roofline", 2),
+    ("MB", "megabytes", 0),
+    ("python ms", "python_ms", 2),
+    ("x single", "x_one_by_one", 2),
+    ("x batched", "x_batched", 2),
+    ("x column", "x_batched_column", 2),
+)
 MATRICES, SINGLE, THEIRS, COPIES, COMPILED = (
     "matrices alone",
     "one by one",
@@ -45,7 +80,7 @@ MATRICES, SINGLE, THEIRS, COPIES, COMPILED = (
 )
 
 
-def bandwidth(on_cpu: bool) -> float:
+def bandwidth(cpu_time: bool) -> float:
     """Bytes a second that a matrix of 256 MB is read with, multiplied with a vector as a layer's weights are."""
     import jax
     import jax.numpy as jnp
@@ -54,11 +89,11 @@ def bandwidth(on_cpu: bool) -> float:
     product = compiled(lambda matrix, vector: jnp.einsum("ni,oi->no", vector, matrix), matrix, vector)
     total = compiled(jnp.sum, matrix)
     jax.block_until_ready(matrix)
-    timings = fastest({"product": product, "sum": total}, 5, on_cpu)
+    timings = fastest({"product": product, "sum": total}, 5, cpu_time)
     return matrix.nbytes / min(timing.seconds for timing in timings.values())
 
 
-def generator(model: Any, torch: Any, compile_: bool, on_cpu: bool) -> Callable[[list[list[int]], int], Moment]:
+def generator(model: Any, torch: Any, compile_: bool, cpu_time: bool) -> Callable[[list[list[int]], int], Moment]:
     """transformers.generate over equally long rows: greedy, to the last token asked for; when the first one came."""
     settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     if compile_:
@@ -75,7 +110,7 @@ def generator(model: Any, torch: Any, compile_: bool, on_cpu: bool) -> Callable[
             if not first:
                 if scores.is_cuda:
                     torch.cuda.synchronize()
-                first.append(Moment.now(on_cpu))
+                first.append(Moment.now(cpu_time))
             return scores
 
         out = model.generate(
@@ -87,13 +122,16 @@ def generator(model: Any, torch: Any, compile_: bool, on_cpu: bool) -> Callable[
     return generate
 
 
-def answer(decoder: Any, sample: Any, new: int, on_cpu: bool) -> Moment:
-    """What `decoder.generate` does, but for the text; when the first column came."""
+def answer(decoder: Any, sample: Any, new: int, cpu_time: bool) -> Moment:
+    """What `decoder.generate` does, text included; when the first column came."""
+    import numpy as np
+
     steps = decoder.columns([sample], max_new_tokens=new)
-    next(steps)
-    first = Moment.now(on_cpu)
-    for _ in steps:
-        continue
+    said = [next(steps).tokens]
+    first = Moment.now(cpu_time)
+    said += [columns.tokens for columns in steps]
+    for ids in np.concatenate(said)[:, 0, : len(sample.branches)].T:
+        decoder.tokenizer.decode(ids[ids >= 0].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return first
 
 
@@ -110,15 +148,46 @@ def matrices(weights: Any, rows: int) -> Callable[[], Any]:
     return compiled(lambda kernels, x: [times(x[..., : k.shape[1]], k) for k in kernels], kernels, x).call
 
 
-def time_decoding(flags: DecodeFlags) -> None:
-    import jax
-    import numpy as np
+def compare(rows: list[Measurement]) -> None:
+    """Fill in how every measurement stands to one branch and to transformers."""
+    found = {(row.background, row.new_tokens, row.branches, row.contender): row for row in rows}
+
+    def ratio(over: float | None, under: float | None) -> float | None:
+        return over / under if over is not None and under else None
+
+    for row in rows:
+        size = row.background, row.new_tokens
+        one = found.get((*size, 1, row.contender))
+        row.growth = None if one is None else ratio(row.column_ms, one.column_ms)
+        if (single := found.get((*size, row.branches, THEIRS))) is not None:
+            row.x_one_by_one = ratio(single.seconds, row.seconds)
+        if (batched := found.get((*size, row.branches, COPIES))) is not None:
+            row.x_batched = ratio(batched.seconds, row.seconds)
+            row.x_batched_column = ratio(batched.column_ms, row.column_ms)
+
+
+def print_measurements(title: str, rows: list[Measurement]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pd_jax import ParallelDecoder
+    shown = Table(title=title)
+    for name in ("background", "branches", "new", "contender"):
+        shown.add_column(name, justify="left" if name == "contender" else "right")
+    for name, _, _ in FIGURES:
+        shown.add_column(name, justify="right")
+    for row in rows:
+        figures = [(getattr(row, field), digits) for _, field, digits in FIGURES]
+        cells = ["" if figure is None else f"{figure:.{digits}f}" for figure, digits in figures]
+        shown.add_row(str(row.background), str(row.branches), str(row.new_tokens), row.contender, *cells)
+    Console(width=None if sys.stdout.isatty() else 180).print(shown)
+
+
+def time_decoding(flags: DecodeFlags) -> None:
+    import jax
+    import numpy as np
+
     from pd_jax.benchmarks.pictures import draw_decoding
-    from pd_jax.decoding import BLOCK, cache_bytes, unstack
+    from pd_jax.decoding import BLOCK, ParallelDecoder, cache_bytes, unstack
     from pd_jax.layout import Branch, TokenSample
     from pd_jax.params import init_params
 
@@ -126,30 +195,35 @@ def time_decoding(flags: DecodeFlags) -> None:
     on_cpu = device.platform == "cpu"
     cpu_time = on_cpu and flags.threads == 1
     dtype = flags.dtype if flags.dtype != "auto" else "float32" if on_cpu else "bfloat16"
+
+    # --- the same weights, here and in transformers
     config, rng = shape_of(flags.model), np.random.default_rng(0)
     params = init_params(config, jax.random.key(0, impl="rbg"), dtype)
     torch: Any = import_torch(flags.threads) if flags.transformers else None
     theirs: dict[str, Callable] = {}
     if torch is not None:
         model = in_transformers(config, params, dtype, "cpu" if on_cpu else "cuda")
-        theirs = {COPIES: generator(model, torch, False, cpu_time)} | (
-            {COMPILED: generator(model, torch, True, cpu_time)} if flags.compile else {}
-        )
+        theirs[COPIES] = generator(model, torch, False, cpu_time)
+        if flags.compile:
+            theirs[COMPILED] = generator(model, torch, True, cpu_time)
     weights = unstack(params, dtype)
-    never = (config.vocab_size,)
-    tokenizer = tokens_only(config.vocab_size)
-    ours = {}
-    for name in flags.visibility:
-        align = "ragged" if name == "isolated" else "left"
-        ours[name] = ParallelDecoder(config, weights, tokenizer, never, dtype=dtype, visibility=name, align=align)
+    every_column = sum(x.nbytes for x in jax.tree.leaves(weights))  # bytes of the weights that it reads
+    every_column -= 0 if config.tie_word_embeddings else weights["embed"].nbytes
+    never = (config.vocab_size,)  # no token ends a branch
+    base = ParallelDecoder(config, weights, tokens_only(config.vocab_size), never, dtype=dtype)
+    ours = {
+        name: base.variant(visibility=name, align="ragged" if name == "isolated" else "left")
+        for name in flags.visibility
+    }
     # One by one takes n times what one branch takes; its fastest call, n times.
     single = {SINGLE: flags.visibility[-1]} | ({THEIRS: COPIES} if theirs else {})
 
-    rows: list[dict[str, Any]] = []
+    rows: list[Measurement] = []
     most, speed = max(flags.branches), bandwidth(cpu_time)
     counts = sorted({1, *flags.branches})
     alone = {n: matrices(weights, n) for n in counts}
     for length in flags.background:
+        # --- timing
         background = rng.integers(config.vocab_size, size=length).tolist()
         prompts = rng.integers(config.vocab_size, size=(most, flags.prompt)).tolist()
         contenders: dict[tuple[str, int, int], Contender] = {}
@@ -169,6 +243,8 @@ def time_decoding(flags: DecodeFlags) -> None:
                         like = (COPIES, n, new), 1.0
                     contenders[name, n, new] = Contender(call, like=like, compiles=compiles)
         timings = fastest(contenders, flags.repeat, cpu_time, flags.patience)
+
+        # --- what was measured
         for new in flags.new_tokens:
             for n in flags.branches:
                 for name in (MATRICES, *ours, *single, *theirs):
@@ -177,63 +253,38 @@ def time_decoding(flags: DecodeFlags) -> None:
                         print(f"skipped: {name}, {n} branches over {length} tokens: beyond --patience {flags.patience}")
                         continue
                     timing = timings[*key, new]
-                    column = times * timing.rest / max(new - 1, 1)
-                    # Read in every column: all weights but an embedding that is not the head, and half the answers.
-                    copies = 1 if name in ours else n
-                    read = sum(x.nbytes for x in jax.tree.leaves(weights)) * times
-                    read -= 0 if config.tie_word_embeddings else weights["embed"].nbytes * times
-                    if name != MATRICES:
+                    whole = name != MATRICES  # calls, not columns only
+                    seconds, column = times * timing.seconds, times * timing.rest / max(new - 1, 1)
+                    read = times * every_column
+                    if whole:  # and the cache, with half the answers
+                        copies = 1 if name in ours else n
                         read += cache_bytes(config, copies, length, n // copies, flags.prompt + new // 2, dtype)
-                    host = None
-                    if name in ours and new > 1:  # the host looks at a block at a time
-                        host = 1e3 * timing.python / math.ceil((new - 1) / BLOCK)
-                    row: dict[str, Any] = {"contender": name, "background": length, "branches": n, "new_tokens": new}
-                    row |= {
-                        "seconds": times * timing.seconds,
-                        "prefill_ms": 1e3 * times * timing.first,
-                        "column_ms": 1e3 * column if new > 1 else None,
-                        "tokens_per_second": n * new / (times * timing.seconds),
-                        "roofline": read / speed / column if new > 1 else None,
-                        "megabytes": timing.megabytes,
-                        "python_ms": host,
-                    }
-                    if name == MATRICES:
-                        row |= dict.fromkeys(("seconds", "prefill_ms", "tokens_per_second", "megabytes"))
-                    rows.append(row)
-    found = {(r["background"], r["new_tokens"], r["branches"], r["contender"]): r for r in rows}
-    load = os.getloadavg()[0]
-    clock = "process time" if cpu_time else "clock"
-    about = {"model": flags.model, "dtype": dtype, "device": device.device_kind, "threads": flags.threads}
-    about |= {"clock": clock, "load": load, "bandwidth": speed, "rows": rows}
-    grid = Table(
-        title=f"{flags.model} {dtype} on {device.device_kind}, {flags.threads} threads ({clock}), load {load:.1f}, "
-        f"{speed / 1e9:.1f} GB/s; x: times as fast, whole calls; python ms: of the host, a block of {BLOCK} columns"
+                    blocks = math.ceil((new - 1) / BLOCK)  # the host looks at one at a time
+                    measured = Measurement(
+                        contender=name,
+                        background=length,
+                        branches=n,
+                        new_tokens=new,
+                        seconds=seconds if whole else None,
+                        prefill_ms=1e3 * times * timing.first if whole else None,
+                        column_ms=1e3 * column if new > 1 else None,
+                        tokens_per_second=n * new / seconds if whole else None,
+                        roofline=read / speed / column if new > 1 else None,
+                        megabytes=timing.megabytes if whole else None,
+                        python_ms=1e3 * timing.python / blocks if name in ours and new > 1 else None,
+                    )
+                    rows.append(measured)
+
+    # --- the table, the file and the plot
+    compare(rows)
+    load, clock = os.getloadavg()[0], "process time" if cpu_time else "clock"
+    print_measurements(
+        f"{flags.model} {dtype} on {device.device_kind}, {flags.threads} threads ({clock}), load {load:.1f}, "
+        f"{speed / 1e9:.1f} GB/s; x: times as fast, whole calls; python ms: of the host, a block of {BLOCK} columns",
+        rows,
     )
-    heads = (
-        "background branches new contender s prefill_ms column_ms t(n)/t(1) tokens/s roofline MB python_ms x_single "
-        "x_batched x_column"
-    )
-    for text in heads.split():
-        grid.add_column(text.replace("_", " "), justify="left" if text == "contender" else "right")
-    for row in rows:
-        case = row["background"], row["new_tokens"]
-        one = found.get((*case, 1, row["contender"]))
-        row["growth"] = row["column_ms"] / one["column_ms"] if one is not None and row["column_ms"] else None
-        for name, other, field in (
-            ("x_one_by_one", THEIRS, "seconds"),
-            ("x_batched", COPIES, "seconds"),
-            ("x_batched_column", COPIES, "column_ms"),
-        ):
-            against = found.get((*case, row["branches"], other))
-            row[name] = None if against is None or row[field] is None else against[field] / row[field]
-        shown = [row["seconds"], row["prefill_ms"], row["column_ms"], row["growth"], row["tokens_per_second"]]
-        shown += [row["roofline"], row["megabytes"], row["python_ms"]]
-        shown += [row["x_one_by_one"], row["x_batched"], row["x_batched_column"]]
-        digits = (2, 1, 2, 2, 0, 2, 0, 2, 2, 2, 2)
-        cells = ["" if x is None else f"{x:.{d}f}" for x, d in zip(shown, digits, strict=True)]
-        grid.add_row(*map(str, (*case[:1], row["branches"], case[1])), row["contender"], *cells)
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(grid)
     if flags.output is not None:
+        about = {"model": flags.model, "dtype": dtype, "device": device.device_kind, "threads": flags.threads}
+        about |= {"clock": clock, "load": load, "bandwidth": speed, "rows": [asdict(row) for row in rows]}
         Path(flags.output).write_text(json.dumps(about, indent=2) + "\n")
         draw_decoding(about, Path(flags.output).with_suffix(".png"))

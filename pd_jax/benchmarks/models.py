@@ -49,7 +49,7 @@ def tokens_only(vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<0>")))
 
 
-def grid(tokens: int, branches: int, batch: int) -> Any:
+def equal_branches(tokens: int, branches: int, batch: int) -> Any:
     """Coordinates of rows of `branches` equally long branches without a background; the last may be shorter."""
     from pd_jax.columns import Coordinates
     from pd_jax.layout import Branch, TokenSample, build_layout

@@ -21,12 +21,12 @@ class Contender(NamedTuple):
 class Moment(NamedTuple):
     """A point in time."""
 
-    clock: float  # seconds: of the process's CPU where it keeps to one core, else of the clock
+    clock: float  # seconds of the clock, or of this process's CPU
     python: float  # seconds of the main thread's CPU
 
     @classmethod
-    def now(cls, on_cpu: bool) -> "Moment":
-        return cls((time.process_time if on_cpu else time.perf_counter)(), time.thread_time())
+    def now(cls, cpu_time: bool) -> "Moment":
+        return cls((time.process_time if cpu_time else time.perf_counter)(), time.thread_time())
 
 
 class Timing(NamedTuple):
@@ -40,13 +40,13 @@ class Timing(NamedTuple):
 
 
 def fastest(
-    contenders: dict[Any, Contender], repeat: int, on_cpu: bool, patience: float = math.inf
+    contenders: dict[Any, Contender], repeat: int, cpu_time: bool, patience: float = math.inf
 ) -> dict[Any, Timing]:
     """The fastest of `repeat` calls of each, one call of each at a time: a busy spell hits all alike.
 
-    On one core of a CPU the time of this process, not of the clock: other processes then cost little. A call that would
-    take a contender beyond `patience` seconds in all is not made; the first counts only where there is no other. What
-    compiles is always called twice, and compiling costs no patience.
+    `cpu_time`: the time of this process counts, not that of the clock; on one core other processes then cost little.
+    A call that would take a contender beyond `patience` seconds in all is not made; the first counts only where there
+    is no other. What compiles is always called twice, and compiling costs no patience.
     """
     best: dict[Any, Timing] = {}
     spent: dict[Any, float] = {}
@@ -60,9 +60,9 @@ def fastest(
             if spent.get(name, 0.0) + expected > patience and not compiled_before:
                 continue
             with PeakMemory() as memory:
-                start = Moment.now(on_cpu)
+                start = Moment.now(cpu_time)
                 first = contender.call()
-                end = Moment.now(on_cpu)
+                end = Moment.now(cpu_time)
             first = first if isinstance(first, Moment) else start
             timing = Timing(
                 end.clock - start.clock,
@@ -82,6 +82,7 @@ def fastest(
 
 
 def table(title: str, contenders: dict[str, Contender], timings: dict[str, Timing], reference: str) -> None:
+    """Print what was timed, beside how many times as fast as `reference` it is."""
     print(f"\n{title}\n{'':28}{'ms':>10}{'x ' + reference:>22}{'MB':>10}")
     for name, contender in contenders.items():
         memory = "" if contender.memory is None else f"{contender.memory:.0f}"
@@ -91,6 +92,7 @@ def table(title: str, contenders: dict[str, Contender], timings: dict[str, Timin
 
 
 def compiled(function: Callable, *arrays: Any) -> Contender:
+    """A function of jax arrays, compiled for these."""
     import jax
 
     program = jax.jit(function).lower(*arrays).compile()

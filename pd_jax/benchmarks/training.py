@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from pd_jax.benchmarks.models import grid, in_transformers, shape_of
+from pd_jax.benchmarks.models import equal_branches, in_transformers, shape_of
 from pd_jax.benchmarks.timing import Contender, compiled, fastest, import_torch, table
 from pd_jax.config import Backend
 
@@ -25,7 +25,7 @@ def time_training(repeat: int) -> None:
     config = shape_of("29m")
     params = init_params(config, jax.random.key(0, impl="rbg"))
     reference = in_transformers(config, params, "float32", "cpu")
-    coordinates = grid(256, 16, 2)
+    coordinates = equal_branches(256, 16, 2)
     tokens, targets = np.random.default_rng(0).integers(config.vocab_size, size=(2, 2, 256))
     weights = jnp.ones((2, 256), jnp.float32) / 512
 
@@ -53,4 +53,4 @@ def time_training(repeat: int) -> None:
     contenders = {"torch": Contender(torch_step)}
     for backend in ("dense", "chunked"):
         contenders[backend] = compiled(jax.value_and_grad(partial(loss, backend)), params, tokens, targets)
-    table("29M model, 2 x 256 tokens", contenders, fastest(contenders, repeat, on_cpu=True), "torch")
+    table("29M model, 2 x 256 tokens", contenders, fastest(contenders, repeat, cpu_time=True), "torch")

@@ -6,6 +6,7 @@ of the evaluation can have been seen. Everything follows from one seed.
 """
 
 import json
+import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -183,14 +184,52 @@ def make_article(number: int, held_out: bool, rng: random.Random) -> dict[str, A
     """One context of three to five facts and three or four questions, an article in SQuAD's format."""
     language = rng.choice((ENGLISH, CHINESE))
     facts = make_facts(language, rng.randint(3, 5), held_out, rng)
+    asked = rng.sample(facts, min(len(facts), rng.randint(3, 4)))
+    return _article(number, language, facts, [(fact.question, fact) for fact in asked])
+
+
+def make_notes_article(number: int, held_out: bool, rng: random.Random) -> dict[str, Any]:
+    """As `make_article`, but what a question asks for stands in another question only.
+
+    Every question begins with a note, a fact of its own, and asks for the fact that a sibling's note states. The
+    context states two facts that nobody asks for.
+    """
+    language = rng.choice((ENGLISH, CHINESE))
+    notes = make_facts(language, 2 + rng.randint(3, 4), held_out, rng)
+    context, notes = notes[:2], notes[2:]
+    others = notes[:]
+    while any(note is other for note, other in zip(notes, others, strict=True)):
+        rng.shuffle(others)
+    pairs = [
+        (f"{note.sentence}{language.space}{other.question}", other) for note, other in zip(notes, others, strict=True)
+    ]
+    return _article(number, language, context, pairs)
+
+
+def _article(number: int, language: Language, facts: list[Fact], asked: list[tuple[str, Fact]]) -> dict[str, Any]:
+    """An article in SQuAD's format: a context that states `facts`, and the questions with what they ask for."""
     context = language.space.join(fact.sentence for fact in facts)
     questions = []
-    for place, fact in enumerate(rng.sample(facts, min(len(facts), rng.randint(3, 4)))):
-        # The place of the value inside its own sentence: it may occur in another one too.
-        start = context.index(fact.sentence) + fact.sentence.rindex(fact.value)
+    for place, (question, fact) in enumerate(asked):
+        # The place of the value inside its own sentence: it may occur in another one too. -1: not in the context.
+        inside = fact in facts
+        start = context.index(fact.sentence) + fact.sentence.rindex(fact.value) if inside else -1
         answer = {"text": fact.value, "answer_start": start}
-        questions.append({"id": f"{number}-{place}", "question": fact.question, "answers": [answer]})
+        questions.append({"id": f"{number}-{place}", "question": question, "answers": [answer]})
     return {"title": facts[0].person, "paragraphs": [{"context": context, "qas": questions}]}
+
+
+def best_guess() -> float:
+    """The share of right answers that no model can beat who is asked for a fact that it does not see: the likeliest
+    value of each relation, on average over languages and relations."""
+    shares = []
+    for language in (ENGLISH, CHINESE):
+        likeliest = [
+            math.prod(max(part.count(word) for word in part) / len(part) for part in relation.parts)
+            for relation in language.relations
+        ]
+        shares.append(sum(likeliest) / len(likeliest))
+    return sum(shares) / len(shares)
 
 
 def write_documents(path: Path, count: int, seed: int = 0) -> None:
@@ -200,18 +239,23 @@ def write_documents(path: Path, count: int, seed: int = 0) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def write_squad(path: Path, count: int, held_out: bool, seed: int = 0) -> None:
-    """`count` contexts in the official SQuAD JSON format, about held-out people only or about all others."""
+def write_squad(path: Path, count: int, held_out: bool, seed: int = 0, *, notes: float = 0.0) -> None:
+    """`count` contexts in the official SQuAD JSON format, about held-out people only or about all others; a share
+    `notes` of them are `make_notes_article`s."""
     rng = random.Random(f"{'held out' if held_out else 'questions'} {seed}")
-    data = [make_article(number, held_out, rng) for number in range(count)]
+    data = [
+        (make_notes_article if notes and rng.random() < notes else make_article)(number, held_out, rng)
+        for number in range(count)
+    ]
     path.write_text(json.dumps({"version": "synthetic", "data": data}, ensure_ascii=False), encoding="utf-8")
 
 
-def write_world(directory: Path, documents: int, train: int, dev: int, seed: int = 0) -> None:
-    """documents.jsonl, train.json and, last, dev.json (held-out people only) in `directory`."""
+def write_world(directory: Path, *, documents: int, train: int, dev: int, seed: int = 0) -> None:
+    """documents.jsonl, train.json (half of it notes), dev-notes.json and, last, dev.json (held-out people only)."""
     directory.mkdir(parents=True, exist_ok=True)
     write_documents(directory / "documents.jsonl", documents, seed)
-    write_squad(directory / "train.json", train, False, seed)
+    write_squad(directory / "train.json", train, False, seed, notes=0.5)
+    write_squad(directory / "dev-notes.json", dev, True, seed, notes=1.0)
     write_squad(directory / "dev.json", dev, True, seed)
 
 

@@ -6,9 +6,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
+import tiny
 
+from pd_jax import Branch, ParallelDecoder, TokenSample
+from pd_jax.benchmarks.decoding import answer
 from pd_jax.benchmarks.timing import Contender, fastest
+from pd_jax.params import init_params
 
 SCRIPT = str(Path(__file__).parents[2] / "scripts" / "benchmark.py")
 
@@ -42,10 +47,33 @@ def test_compiling_is_neither_timed_nor_charged_and_what_takes_too_long_is_not_c
         "slower": contender("slower", like=("slow", 4.0)),
         "compiles slowly": contender("compiles slowly", like=("slower", 1.0), compiles=True),
     }
-    timings = fastest(contenders, 2, on_cpu=False, patience=0.2)
+    timings = fastest(contenders, 2, cpu_time=False, patience=0.2)
     assert calls == ["compiles", "slow", "compiles", "compiles"]
     assert timings.keys() == {"compiles", "slow"}
     assert timings["compiles"].seconds < 0.1 < timings["slow"].seconds
+
+
+@pytest.mark.parametrize(("visibility", "align"), [("columns", "left"), ("isolated", "ragged")])
+def test_what_is_timed_of_decoding_is_what_generate_does(monkeypatch, visibility, align):
+    config, decoded = tiny.config(), []
+    kind = type(tiny.tokenizer())
+    decode = kind.decode
+
+    def spy(self, ids, **how):
+        decoded.append((ids, how))
+        return decode(self, ids, **how)
+
+    monkeypatch.setattr(kind, "decode", spy)
+    weights = init_params(config, jax.random.key(0))
+    never = (config.vocab_size,)
+    decoder = ParallelDecoder(config, weights, tiny.tokenizer(), never, visibility=visibility, align=align)
+    sample = TokenSample([5] * 9, [Branch([6, 7]), Branch([8]), Branch([9, 10, 11])])
+    results = decoder.generate([sample], max_new_tokens=40)
+    expected = decoded[:]
+    decoded.clear()
+    answer(decoder, sample, 40, cpu_time=True)
+    assert [ids for ids, _ in decoded] == [list(branch.token_ids) for branch in results[0].branches]
+    assert decoded == expected
 
 
 @pytest.mark.slow

@@ -62,6 +62,8 @@ def test_every_answer_stands_at_its_start_in_the_sentence_that_is_asked_for(worl
         context = paragraph["context"]
         for qa in paragraph["qas"]:
             (answer,) = qa["answers"]
+            if answer["answer_start"] == -1:
+                continue  # it stands in a sibling's note
             start, stop = answer["answer_start"], answer["answer_start"] + len(answer["text"])
             assert context[start:stop] == answer["text"]
             sentence = re.split(r"[.。]", context[:start])[-1]
@@ -125,3 +127,29 @@ def test_documents_are_web_text_in_both_languages(world):
     assert len(texts) == 60
     assert {text.isascii() for text in texts} == {True, False}
     assert all(text.startswith("Context: ") and "\nAnswer: " in text for text in texts)
+
+
+def test_a_note_is_asked_for_by_a_sibling_and_stands_nowhere_else(world):
+    """So no branch that does not see its siblings does better than the best guess."""
+    paragraphs = _paragraphs(world / "dev-notes.json")
+    assert len(paragraphs) == 120
+    for paragraph in paragraphs:
+        texts = [qa["question"] for qa in paragraph["qas"]]
+        for own, qa in enumerate(paragraph["qas"]):
+            (answer,) = qa["answers"]
+            assert answer["answer_start"] == -1
+            assert answer["text"] not in paragraph["context"]
+            assert answer["text"] not in texts[own]
+            assert sum(answer["text"] in text for text in texts) == 1
+    shares = [any(q["answers"][0]["answer_start"] == -1 for q in p["qas"]) for p in _paragraphs(world / "train.json")]
+    assert 0.35 < sum(shares) / len(shares) < 0.65
+
+
+def test_the_best_guess_is_the_likeliest_value():
+    """Among values drawn as the world draws them, for every relation, the most frequent is as frequent as it says."""
+    rng, shares = random.Random(0), []
+    for language in (ENGLISH, CHINESE):
+        for relation in language.relations:
+            drawn = [language.space.join(filter(None, map(rng.choice, relation.parts))) for _ in range(4000)]
+            shares.append(max(map(drawn.count, set(drawn))) / len(drawn))
+    assert abs(sum(shares) / len(shares) - synthetic.best_guess()) < 0.01
