@@ -110,7 +110,7 @@ def _read_yaml(path: str, fields: dict[str, dataclasses.Field], hints: dict[str,
 def parse(flags: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
     """An instance of the dataclass `flags` from `argv`: defaults < the --config file < flags given by hand.
 
-    Raises `ValueError` for an unknown flag or YAML key (with the nearest known one) and for a value out of range.
+    Raises `InputError` for an unknown flag or YAML key (with the nearest known one) and for a value out of range.
     """
     hints = typing.get_type_hints(flags)
     fields = {f.name: f for f in dataclasses.fields(flags)}  # ty: ignore[invalid-argument-type]

@@ -63,7 +63,7 @@ class Yarn:
 class ModelConfig:
     """Qwen3's shape (field names as in `transformers.Qwen3Config`) and the column settings.
 
-    Raises `ValueError` when the numbers do not fit together; see `from_hf` for what is refused.
+    Raises `InputError` when the numbers do not fit together; see `from_hf` for what is refused.
     """
 
     vocab_size: int
@@ -109,7 +109,7 @@ class ModelConfig:
         """Read a Qwen3 `config.json` (transformers 4 or 5 style), with our section if it has one.
 
         `pair_indices` is the caller's choice; None takes what is stored, else `DEFAULT_PAIR_INDICES`.
-        Raises `ValueError` with every unsupported or missing field named, or when `pair_indices` contradicts what the
+        Raises `InputError` with every unsupported or missing field named, or when `pair_indices` contradicts what the
         weights were trained with.
         """
         errors: list[str] = []

@@ -82,14 +82,14 @@ def _announce(backend: str, refusals: tuple[str, ...], platform: str) -> None:
 
 
 def check_backend(backend: str, call: Call) -> None:
-    """Raise `ValueError` when `backend` was asked for and cannot serve `call`; `auto` always finds one."""
+    """Raise `InputError` when `backend` was asked for and cannot serve `call`; `auto` always finds one."""
     reason = None if backend == "auto" else refusal(backend, call)
     if reason is not None:
         raise InputError(f"attention backend {backend!r} cannot run here: {reason}; use 'auto' or 'chunked'")
 
 
 def _choose(backend: str, call: Call, fallback: str) -> str:
-    """The backend that serves `call`. Raises `ValueError` when the one asked for cannot."""
+    """The backend that serves `call`. Raises `InputError` when the one asked for cannot."""
     check_backend(backend, call)
     if backend != "auto":
         return backend
@@ -124,7 +124,7 @@ def make_attention(
     """Self-attention over laid-out rows with `coordinates` [B, T]; the mask is computed once for all layers.
 
     `auto` takes the platform's kernel where it can serve, else `chunked`, or `dense` for a row of one tile. Raises
-    `ValueError` for an unknown backend, and when called for one that cannot run. `dense` and `chunked` take tokens in
+    `InputError` for an unknown backend, and when called for one that cannot run. `dense` and `chunked` take tokens in
     any order; the kernels need the column-major order of `pd_jax.layout` and give NaN without it.
     """
     check_choice("visibility", visibility, ROW_VISIBILITIES)

@@ -258,7 +258,14 @@ def time_decoding(flags: DecodeFlags) -> None:
                     read = times * every_column
                     if whole:  # and the cache, with half the answers
                         copies = 1 if name in ours else n
-                        read += cache_bytes(config, copies, length, n // copies, flags.prompt + new // 2, dtype)
+                        read += cache_bytes(
+                            config,
+                            samples=copies,
+                            tokens=length,
+                            branches=n // copies,
+                            columns=flags.prompt + new // 2,
+                            dtype=dtype,
+                        )
                     blocks = math.ceil((new - 1) / BLOCK)  # the host looks at one at a time
                     measured = Measurement(
                         contender=name,

@@ -27,7 +27,7 @@ def load_documents(
 ) -> Documents:
     """The first `max_samples` documents of a local file, a local directory or a hub data set; only their `text`.
 
-    Raises `ValueError` when the data cannot be had or has no `text` column.
+    Raises `InputError` when the data cannot be had or has no `text` column.
     """
     suffix = next((s for s in sorted(FORMATS, key=len, reverse=True) if name.endswith(s)), None)
     try:

@@ -132,7 +132,7 @@ class ParallelDecoder:
         tokenizer = load_tokenizer(directory)
         eos_ids = load_eos_ids(directory, tokenizer)
         shardings = None if mesh is None else param_shardings(config, mesh)
-        params = load_params(directory, config, jnp.dtype(dtype), shardings)
+        params = load_params(directory, config, jnp.dtype(dtype), shardings=shardings)
         if extra is not None:
             adapters, lora = load_adapter(extra, config, directory)
             for name, part in adapters.items():
@@ -261,7 +261,8 @@ class ParallelDecoder:
         (s, t), n = prompt.tokens.shape, prompt.last.shape[1]
         columns = bucket(int(prompt.limit.max()), BLOCK)
         devices = self.weights["embed"].devices()
-        needed = cache_bytes(self.config, s, t, n, columns, self.dtype) // len(devices)
+        needed = cache_bytes(self.config, samples=s, tokens=t, branches=n, columns=columns, dtype=self.dtype)
+        needed //= len(devices)
         log.info("cache of %d rows x (%d tokens + %d columns x %d): %.1f MiB", s, t, columns, n, needed / 2**20)
         free = _free_bytes(next(iter(devices)))
         if needed > free:

@@ -327,7 +327,7 @@ def row_logits(weights: Params, tokens: Array, coordinates: Coordinates, *, prog
     return _logits(weights, encode(weights, program, tokens, coordinates)[0])
 
 
-def cache_bytes(config: ModelConfig, samples: int, tokens: int, branches: int, columns: int, dtype: Any) -> int:
+def cache_bytes(config: ModelConfig, *, samples: int, tokens: int, branches: int, columns: int, dtype: Any) -> int:
     """Bytes of the k and v of `samples` rows of `tokens` prefilled tokens and `columns` columns of `branches`."""
     slots = samples * (tokens + branches * columns)
     per_slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim

@@ -1,23 +1,27 @@
 """Weights on disk: model directories, Hugging Face's safetensors and PEFT's adapters, read and written."""
 
 from pd_jax.files.directories import (
+    load_config as load_config,
+    load_eos_ids as load_eos_ids,
+    load_params as load_params,
+    load_tokenizer as load_tokenizer,
+)
+from pd_jax.files.export import export_model as export_model, import_model as import_model
+from pd_jax.files.find import (
     ADAPTER_CONFIG as ADAPTER_CONFIG,
     ModelSource as ModelSource,
     find_model as find_model,
     find_source as find_source,
     fingerprint as fingerprint,
-    load_config as load_config,
-    load_eos_ids as load_eos_ids,
-    load_params as load_params,
-    load_tokenizer as load_tokenizer,
     read_adapter_config as read_adapter_config,
     read_config_json as read_config_json,
-    root_cause as root_cause,
+)
+from pd_jax.files.orbax import root_cause as root_cause
+from pd_jax.files.peft import load_adapter as load_adapter, save_adapter as save_adapter
+from pd_jax.files.safetensors import parse_size as parse_size, write_params as write_params
+from pd_jax.files.saving import (
     save_model as save_model,
     staging as staging,
     write_metadata as write_metadata,
     write_untrained as write_untrained,
 )
-from pd_jax.files.export import export_model as export_model, import_model as import_model
-from pd_jax.files.peft import load_adapter as load_adapter, save_adapter as save_adapter
-from pd_jax.files.safetensors import parse_size as parse_size, write_params as write_params

@@ -4,28 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from pd_jax.config import SECTION
-from pd_jax.files.directories import (
-    check_new,
-    find_model,
-    find_source,
-    load_config,
-    load_params,
-    read_adapter_config,
-    read_config_json,
-    save_params,
-    staging,
-    write_metadata,
-)
+from pd_jax.files.directories import load_config, load_params
+from pd_jax.files.find import PARAMS, find_model, find_source, read_adapter_config, read_config_json
+from pd_jax.files.orbax import write_checkpoint
 from pd_jax.files.peft import load_adapter
 from pd_jax.files.safetensors import Progress, write_params
+from pd_jax.files.saving import check_new, staging, write_metadata
 from pd_jax.lora import merge_kernel
 
 
 def import_model(model: str, output: Path, dtype: Any = None, progress: Progress | None = None) -> Path:
-    """Write the Hugging Face model `model` (directory or hub id) as the pd_jax directory `output`; where it was found.
+    """Write the Hugging Face model `model`, a directory or a hub id, as the pd_jax directory `output`.
 
-    dtype None keeps every tensor bit for bit. Raises `InputError` when `output` holds anything, or for what
-    `load_config` and `load_params` refuse.
+    Returns the directory it was read from. dtype None keeps every tensor bit for bit. Raises `InputError` when
+    `output` holds anything, or for what `load_config` and `load_params` refuse.
     """
     check_new(output)
     source = find_model(model)
@@ -33,7 +25,7 @@ def import_model(model: str, output: Path, dtype: Any = None, progress: Progress
     config = load_config(source, pair_indices=None if SECTION in hf else ())
     with staging(output) as stage:
         params = load_params(source, config, dtype, progress=progress)
-        save_params(stage, params)
+        write_checkpoint(stage / PARAMS, params)
         # A plain Qwen3 stays plain: which pairs turn with the branch is chosen when it is trained.
         write_metadata(stage, hf, source, params["embed"].dtype)
     return source
@@ -47,9 +39,10 @@ def export_model(
     max_shard_size: int,
     progress: Progress | None = None,
 ) -> Path:
-    """Write a pd_jax model, or an adapter merged into its base, as Hugging Face's files; where it was found.
+    """Write a pd_jax model, or an adapter merged into its base, as Hugging Face's files.
 
-    max_shard_size in bytes. Raises `InputError` as `import_model` does.
+    Returns the directory it was read from, an adapter's own. max_shard_size in bytes. Raises `InputError` as
+    `import_model` does.
     """
     check_new(output)
     source, adapter = find_source(checkpoint, base_model)
@@ -63,7 +56,7 @@ def export_model(
         assert lora is not None
         params["layers"][name] = merge_kernel(params["layers"][name], part, name, lora)
     with staging(output) as stage:
-        write_params(stage, params, config, max_shard_size, progress)
+        write_params(stage, params, config, max_shard_size=max_shard_size, progress=progress)
         write_metadata(stage, hf, source, params["embed"].dtype)
         (stage / "README.md").write_text(model_card(hf), encoding="utf-8")
     return adapter or source

@@ -11,12 +11,15 @@ from jax import Array
 
 from pd_jax.config import SECTION, LoraConfig, ModelConfig
 from pd_jax.errors import InputError
-from pd_jax.files.directories import ADAPTER_CONFIG, BASE_FINGERPRINT, fingerprint, read_adapter_config, staging
-from pd_jax.files.safetensors import Pending, differences, raise_collected, read_header, write_safetensors
+from pd_jax.files.checks import differences, raise_collected
+from pd_jax.files.find import ADAPTER_CONFIG, fingerprint, read_adapter_config
+from pd_jax.files.safetensors import Pending, read_header, write_safetensors
+from pd_jax.files.saving import staging
 from pd_jax.lora import adapter_shapes
 from pd_jax.params import PROJECTIONS, Params
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE_FINGERPRINT = "base_fingerprint"  # in our section of adapter_config.json
 
 # What PEFT can do and we cannot: the field of adapter_config.json and the values under which it changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -53,10 +56,18 @@ def base_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def save_adapter(
-    directory: Path, adapters: Params, lora: LoraConfig, config: ModelConfig, base: str, base_print: str | None = None
+    directory: Path,
+    adapters: Params,
+    lora: LoraConfig,
+    config: ModelConfig,
+    *,
+    base: str,
+    base_print: str | None = None,
 ) -> None:
-    """Write `adapters` as PEFT does, with our settings under the key `pd_jax`; all or nothing. `base` is the model
-    that they belong to, a directory or a hub id, and `base_print` its `checkpoint.fingerprint`."""
+    """Write `adapters` as PEFT does, with our settings under the key `pd_jax`; all or nothing.
+
+    `base` is the model that they belong to, a directory or a hub id, and `base_print` its `fingerprint`.
+    """
     tensors: dict[str, Pending] = {}
     for name, parts in adapters.items():
         for part, array in parts.items():
@@ -111,6 +122,7 @@ def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None)
         for field, values in NEUTRAL.items()
         if field in peft and peft[field] not in values
     ]
+    errors += [f"{field} is missing" for field in ("r", "lora_alpha") if field not in peft]
     raise_collected(directory / ADAPTER_CONFIG, errors)
     if not (directory / ADAPTER_WEIGHTS).is_file():
         raise InputError(f"{directory} has no {ADAPTER_WEIGHTS}; is the adapter complete?")
@@ -133,8 +145,7 @@ def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None)
         for part, shape in parts.items()
         for layer in range(config.num_hidden_layers)
     }
-    errors = differences(tensors, expected, "r and the base say")
-    raise_collected(directory / ADAPTER_WEIGHTS, errors)
+    raise_collected(directory / ADAPTER_WEIGHTS, differences(tensors, expected, "r and the base say"))
 
     def stack(name: str, part: str, shape: tuple[int, ...]) -> Array:
         layers = [tensors[_tensor_name(layer, name, part)].read().T for layer in range(shape[0])]

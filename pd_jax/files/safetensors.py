@@ -1,11 +1,12 @@
-"""Hugging Face's tensors and ours: one key table both ways, and safetensors read and written one tensor at a time.
+"""Weights in Hugging Face's safetensors files: read in blocks and written one tensor at a time, for bounded memory.
 
-A tensor is read in blocks, straight into the array that keeps the numbers, and only the rows that a shard needs.
+The library reads: each block goes straight into the array that keeps the numbers, and a shard asks for its rows only.
+Writing is ours, because the library wants all tensors of a file in memory at once.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,54 +18,24 @@ from safetensors import SafetensorError, safe_open
 
 from pd_jax.config import ModelConfig
 from pd_jax.errors import InputError
-from pd_jax.params import BY_NAME, Params, Weight, param_shapes, weights_of
+from pd_jax.files.checks import differences, raise_collected, read_json
+from pd_jax.files.names import Entry, key_table
+from pd_jax.params import BY_NAME, Params, param_shapes, tree_of
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 BLOCK_BYTES = 32 << 20  # what is read of a tensor at once: bounds the memory beside the model
 
-Progress = Callable[[str], Any]
-
-
-# --- the table
-class Entry(NamedTuple):
-    """One tensor: Hugging Face's name for it and its place in `Params`."""
-
-    name: str
-    path: tuple[str, ...]  # its keys in `Params`
-    layer: int | None  # its place along L; None for embed, norm and lm_head
-    shape: tuple[int, ...]  # in our axes, without L
-    order: tuple[int, ...]  # our axes in Hugging Face's order: outputs, then inputs
-    hf_shape: tuple[int, ...]
-
-
-def key_table(config: ModelConfig) -> dict[str, Entry]:
-    """Every tensor of a model by its Hugging Face name, in the order in which exports write them."""
-
-    def entry(weight: Weight, layer: int | None) -> Entry:
-        name = weight.hf if layer is None else f"model.layers.{layer}.{weight.hf}"
-        path = (weight.name,) if layer is None else ("layers", weight.name)
-        shape, inputs = weight.shape(config), len(weight.summed)
-        order = (*range(inputs, len(shape)), *range(inputs))
-        hf_shape = (math.prod(shape[inputs:]), math.prod(shape[:inputs])) if inputs else shape
-        return Entry(name, path, layer, shape, order, hf_shape)
-
-    weights = weights_of(config)
-    inside = [weight for weight in weights if weight.in_layers]
-    first, *last = [weight for weight in weights if not weight.in_layers]
-    entries = [entry(first, None)]
-    entries += [entry(weight, layer) for layer in range(config.num_hidden_layers) for weight in inside]
-    entries += [entry(weight, None) for weight in last]
-    return {entry.name: entry for entry in entries}
+Progress = Callable[[str], Any]  # is told a tensor's name when it has been read or is written
 
 
 # --- reading safetensors
 class Tensor(NamedTuple):
-    """A tensor in a safetensors file."""
+    """A tensor in a safetensors file; nothing of it is read yet."""
 
     file: Path
-    name: str
+    name: str  # in the file
     dtype: np.dtype
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # in the file: [out, in] for a projection
 
     def blocks(self, start: int = 0, stop: int | None = None, rows_each: int = 1) -> Iterator[tuple[int, np.ndarray]]:
         """(first, rows) of the groups [start, stop) of `rows_each` rows of the first axis, `BLOCK_BYTES` at most.
@@ -104,7 +75,9 @@ def find_tensors(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
     index = directory / "model.safetensors.index.json"
     weight_map: dict[str, str] | None = None
     if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise InputError(f"{index} has no weight_map of tensor names to file names; download it again")
         names = sorted(set(weight_map.values()))
     else:
         names = sorted(path.name for path in directory.glob("model*.safetensors"))
@@ -115,7 +88,7 @@ def find_tensors(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
         except FileNotFoundError:
             errors.append(f"{name} is missing (model.safetensors.index.json lists it)")
             continue
-        except ValueError as error:
+        except InputError as error:
             errors.append(str(error))
             continue
         errors += [
@@ -125,22 +98,6 @@ def find_tensors(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
     if weight_map is not None and not errors:
         errors += [f"{key} is in the index but in no file" for key in sorted(weight_map.keys() - tensors.keys())]
     return tensors, errors
-
-
-def differences(found: Mapping[str, Any], expected: Mapping[str, Sequence[int]], source: str) -> list[str]:
-    """A line for every array that is missing, unknown or of another shape than `source` says.
-
-    `found` has anything with a shape by name, `expected` the shapes.
-    """
-    return [
-        *(f"{name} is missing" for name in expected if name not in found),
-        *(f"{name} is unknown" for name in found if name not in expected),
-        *(
-            f"{name} has shape {list(found[name].shape)}, {source} {list(shape)}"
-            for name, shape in expected.items()
-            if name in found and tuple(found[name].shape) != tuple(shape)
-        ),
-    ]
 
 
 def _drop_tied_head(tensors: dict[str, Tensor], errors: list[str]) -> None:
@@ -156,15 +113,14 @@ def _drop_tied_head(tensors: dict[str, Tensor], errors: list[str]) -> None:
         errors.append("lm_head.weight differs from model.embed_tokens.weight, but tie_word_embeddings is true")
 
 
-def raise_collected(where: Path, errors: list[str], shown: int = 20) -> None:
-    """Raise one `InputError` for `errors`, if there are any."""
-    if errors:
-        more = f"; and {len(errors) - shown} more" if len(errors) > shown else ""
-        raise InputError(f"{where}: " + "; ".join(errors[:shown]) + more)
+def default_device(config: ModelConfig) -> Params:
+    """A tree of shardings that puts every weight on the default device."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return tree_of(config, lambda weight: here)
 
 
 def read_params(
-    directory: Path, config: ModelConfig, dtype: Any = None, shardings: Any = None, progress: Progress | None = None
+    directory: Path, config: ModelConfig, dtype: Any = None, *, shardings: Any = None, progress: Progress | None = None
 ) -> Params:
     """The model of a Hugging Face directory as jax arrays, every tensor read straight to its place.
 
@@ -206,14 +162,10 @@ def read_params(
 
         return jax.make_array_from_callback(shape, sharding, read)
 
-    shapes = param_shapes(config)
-    if shardings is None:
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: here, shapes, is_leaf=lambda x: isinstance(x, tuple))
     return jax.tree_util.tree_map_with_path(
         lambda path, shape, sharding: leaf(tuple(k.key for k in path), shape, sharding),
-        shapes,
-        shardings,
+        param_shapes(config),
+        default_device(config) if shardings is None else shardings,
         is_leaf=lambda x: isinstance(x, tuple),
     )
 
@@ -243,7 +195,7 @@ class Pending(NamedTuple):
     """A tensor that is made when its turn to be written comes."""
 
     dtype: np.dtype
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # in the file
     make: Callable[[], np.ndarray]
 
 
@@ -269,6 +221,7 @@ def write_params(
     directory: Path,
     params: Params,
     config: ModelConfig,
+    *,
     max_shard_size: int = 5 * 10**9,
     progress: Progress | None = None,
 ) -> None:

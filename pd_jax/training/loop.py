@@ -76,7 +76,8 @@ def load_weights(start: Start, seed: int, dtype: Any) -> Params:
     if start.random_init:
         init = partial(init_params, start.config, dtype=dtype, sibling_bias_start=start.sibling_bias_start)
         return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
-    return load_params(start.directory, start.config, dtype, shardings, sibling_bias_start=start.sibling_bias_start)
+    bias = start.sibling_bias_start
+    return load_params(start.directory, start.config, dtype, shardings=shardings, sibling_bias_start=bias)
 
 
 def abstract_state(trained: Params, shardings: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
@@ -230,7 +231,8 @@ def train(
             save_model(output, state["trained"], config, start.directory)
         elif jax.process_index() == 0:
             assert start.base is not None
-            save_adapter(output, state["trained"], lora, config, *start.base.values())
+            name, base_print = start.base.values()
+            save_adapter(output, state["trained"], lora, config, base=name, base_print=base_print)
         door = "" if lora is not None else door_line(config, state["trained"])
     write_run(output, run.flags, start.base, finished=True)
     say(f"finished {step} steps; the {'model' if lora is None else 'adapter'} is in {output}{door}")

@@ -478,7 +478,7 @@ def test_the_cache_is_predicted_and_stays_in_place():
     rows = make_prompt(ASKED, [[9] * 3, [9] * 2], "ragged", "isolated")
     arguments = ours.weights, asked.controls(NEVER, ours._allowed)
     state, _ = prefill(*arguments, rows, program=program, room=BLOCK)
-    predicted = cache_bytes(PLAIN, 2, 32, 3, BLOCK, "float32")
+    predicted = cache_bytes(PLAIN, samples=2, tokens=32, branches=3, columns=BLOCK, dtype="float32")
     assert predicted == sum(array.nbytes for pair in state.cache for array in pair)
     ended = np.zeros((2, 3), bool)
     memory = decode_block.lower(*arguments, state, ended, np.int32(9), program=program).compile().memory_analysis()
@@ -498,7 +498,8 @@ def test_a_call_needs_its_weights_its_cache_and_a_tenth(tokens):
     program = Program(config, "columns", Method())
     first, then = decoder_arguments(config, "float32", tokens=tokens, branches=16, room=room)
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(first[0]))
-    limit = 1.1 * (weights + cache_bytes(config, 1, tokens, 16, room, "float32"))
+    cache = cache_bytes(config, samples=1, tokens=tokens, branches=16, columns=room, dtype="float32")
+    limit = 1.1 * (weights + cache)
     for lowered in (prefill.lower(*first, program=program, room=room), decode_block.lower(*then, program=program)):
         memory = lowered.compile().memory_analysis()
         needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
@@ -557,7 +558,7 @@ def test_from_pretrained_and_an_adapter(tmp_path):
     settings = LoraConfig(r=2)
     adapters = lora.init_adapters(config, settings, jax.random.key(6))
     adapters = jax.tree.map(lambda x: jax.random.normal(jax.random.key(7), x.shape) * 0.1, adapters)
-    save_adapter(tmp_path / "adapter", adapters, settings, config, "model")
+    save_adapter(tmp_path / "adapter", adapters, settings, config, base="model")
     samples = [Sample("The tower", [" is red", " is long and red"]), Sample("", ["What?"])]
     for adapter, expected in ((None, weights), (tmp_path / "adapter", lora.merge(weights, adapters, settings))):
         loaded = ParallelDecoder.from_pretrained(tmp_path / "model", adapter, local_files_only=True)

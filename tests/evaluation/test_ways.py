@@ -143,7 +143,7 @@ def test_an_adapter_needs_no_base_model_if_it_names_one(finished, models, tmp_pa
     flags, results = finished
     config, lora = load_config(models / "flax"), LoraConfig()
     adapters = init_adapters(config, lora, jax.random.key(0))
-    save_adapter(tmp_path / "adapter", adapters, lora, config, str(models / "flax"))
+    save_adapter(tmp_path / "adapter", adapters, lora, config, base=str(models / "flax"))
     asked = dataclasses.replace(flags, ft_model=str(tmp_path / "adapter"), rows=("isolated",), repeats=0)
     made = evaluate(dataclasses.replace(asked, output_dir=str(tmp_path / "out"), dump_file=None))
     assert [r["answers"] for r in made["rows"]["isolated"]] == [r["answers"] for r in results["rows"]["isolated"]]

@@ -3,6 +3,7 @@
 import dataclasses
 import filecmp
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +16,18 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from sources import HF_CONFIG, ROOT, convert, make_source, tensors
 
 from pd_jax.config import SECTION
+from pd_jax.errors import InputError
 from pd_jax.files import (
-    directories as checkpoint,
     find_model,
     load_config,
     load_eos_ids,
     load_params,
     load_tokenizer,
+    read_adapter_config,
     save_model,
+    saving,
 )
+from pd_jax.files.safetensors import read_params
 from pd_jax.params import SIBLING_BIAS_START, init_params
 
 
@@ -70,6 +74,32 @@ def test_settings_stored_with_the_weights_win(source, tmp_path):
         load_config(tmp_path / "ours", pair_indices=(1,))
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is not valid JSON: Expecting value"),
+        (b"\xef\xbb\xbf{}", "is not valid JSON: Unexpected UTF-8 BOM"),
+        (b'{"caf\xe9": 1}', "is not valid JSON: 'utf-8' codec"),
+        (b'{"model_type": "qwen3"', "is not valid JSON: Expecting"),
+        (b"[1]", "holds list, not a JSON object"),
+    ],
+    ids=["empty", "byte order mark", "latin-1", "cut off", "a list"],
+)
+def test_damaged_json_is_one_line_that_names_the_file(source, tmp_path, content, reason):
+    readers = {
+        "config.json": load_config,
+        "adapter_config.json": read_adapter_config,
+        "generation_config.json": lambda directory: load_eos_ids(directory, None),
+        "model.safetensors.index.json": lambda directory: read_params(directory, load_config(source, ())),
+    }
+    for name, read in readers.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=rf"^{re.escape(str(tmp_path / name))} {reason}") as caught:
+            read(tmp_path)
+        assert "\n" not in str(caught.value)
+        (tmp_path / name).unlink()
+
+
 # --- saving
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_saved_model_comes_back(source, tmp_path, monkeypatch, dtype):
@@ -113,13 +143,13 @@ def test_interrupted_save_leaves_nothing_or_the_old_model(source, tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_metadata", interrupt)
+        patch.setattr(saving, "write_metadata", interrupt)
         with pytest.raises(KeyboardInterrupt):
             save_model(target, params, config, source)
         assert not list(tmp_path.iterdir())
     save_model(target, params, config, source)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_metadata", interrupt)
+        patch.setattr(saving, "write_metadata", interrupt)
         with pytest.raises(KeyboardInterrupt):
             save_model(target, init_params(config, jax.random.key(2)), config, source)
     assert equal(load_params(target, config), params)
@@ -129,14 +159,14 @@ def test_interrupted_replacement_does_not_look_complete(source, tmp_path, monkey
     config, target = load_config(source, ()), tmp_path / "ours"
     params = init_params(config, jax.random.key(1))
     save_model(target, params, config, source)
-    replace = checkpoint.os.replace
+    replace = saving.os.replace
 
     def interrupt(old, new):
         if Path(new).name == "config.json":
             raise KeyboardInterrupt
         replace(old, new)
 
-    monkeypatch.setattr(checkpoint.os, "replace", interrupt)
+    monkeypatch.setattr(saving.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_model(target, params, config, source)
     with pytest.raises(ValueError, match=r"has no config\.json"):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import jax
 import ml_dtypes
@@ -10,10 +12,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from sources import ROOT
 
-from pd_jax.config import ModelConfig
+from pd_jax.config import SECTION, ModelConfig
+from pd_jax.errors import InputError
 from pd_jax.files import parse_size, safetensors as weights, write_params
-from pd_jax.files.safetensors import Tensor, key_table, read_header, read_params
+from pd_jax.files.names import key_table
+from pd_jax.files.safetensors import Pending, Tensor, read_header, read_params, write_safetensors
 from pd_jax.params import param_shapes
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -92,7 +97,7 @@ def test_round_trip_is_bitwise(tmp_path, dtype, tied, shard_size):
     params = read_params(write(tmp_path / "in", tensors), config)
     out = tmp_path / "out"
     out.mkdir()
-    write_params(out, params, config, shard_size)
+    write_params(out, params, config, max_shard_size=shard_size)
     files = sorted(out.glob("*.safetensors"))
     assert (len(files) > 1) == (shard_size == 10_000)
     back = {}
@@ -170,6 +175,41 @@ def test_progress_names_every_tensor(tmp_path):
     assert sorted(read) == sorted(written) == sorted(tensors)
 
 
+READ = """
+import sys
+from pathlib import Path
+import jax
+from pd_jax.files import load_config, load_params
+from pd_jax.machines import PeakMemory
+directory = Path(sys.argv[1])
+config = load_config(directory, ())
+jax.devices()
+with PeakMemory() as memory:
+    params = jax.block_until_ready(load_params(directory, config, None))
+print(memory.beyond, sum(array.nbytes for array in jax.tree.leaves(params)))
+"""
+
+
+@pytest.mark.slow
+def test_reading_does_not_hold_the_file_beside_the_model(tmp_path):
+    """What is mapped of a file counts as resident memory: were it kept, the model would be there twice."""
+    config = make_config(
+        vocab_size=1024, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=16,
+        num_key_value_heads=16, head_dim=64,
+    )  # fmt: skip
+    ones = {
+        name: Pending(np.dtype(np.float32), entry.hf_shape, lambda shape=entry.hf_shape: np.ones(shape, np.float32))
+        for name, entry in key_table(config).items()
+    }
+    write_safetensors(tmp_path / "model.safetensors", ones)
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.to_hf().items() if k != SECTION}))
+    done = subprocess.run([sys.executable, "-c", READ, tmp_path], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    beyond, model = map(int, done.stdout.split())
+    assert model > 500e6
+    assert model < beyond < 1.5 * model
+
+
 # --- faults
 def test_all_faults_are_named_at_once(tmp_path):
     config = make_config()
@@ -218,11 +258,27 @@ def test_index_that_names_an_absent_file(tmp_path):
     params = read_params(write(tmp_path / "in", make_tensors(config)), config)
     out = tmp_path / "out"
     out.mkdir()
-    write_params(out, params, config, 10_000)
+    write_params(out, params, config, max_shard_size=10_000)
     gone = sorted(out.glob("*.safetensors"))[1]
     gone.unlink()
     with pytest.raises(ValueError, match=f"{gone.name} is missing"):
         read_params(out, config)
+
+
+def test_index_without_a_map_is_named(tmp_path):
+    directory = write(tmp_path / "m", make_tensors(make_config()))
+    for content in ("{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'):
+        (directory / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(InputError, match=r"model\.safetensors\.index\.json has no weight_map"):
+            read_params(directory, make_config())
+
+
+def test_bytes_behind_the_tensors_are_refused(tmp_path):
+    directory = write(tmp_path / "m", make_tensors(make_config()))
+    with (directory / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(InputError, match=r"model\.safetensors is truncated or damaged \(.*not fully covered\)"):
+        read_params(directory, make_config())
 
 
 def test_unsupported_dtype_is_named(tmp_path):

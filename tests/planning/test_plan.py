@@ -154,7 +154,9 @@ def test_the_plan_of_decoding_splits_weights_and_cache_by_heads(monkeypatch):
     assert config.num_key_value_heads == plan.devices == 2
     whole = plan_decoding(PlanFlags(branch_count=4, seq_length=16), dataclasses.replace(config, num_key_value_heads=1))
     assert whole.devices == 1
-    assert plan.held["cache"] == cache_bytes(config, 1, 64, 4, 4 * BLOCK, jnp.bfloat16) // 2
+    assert plan.held["cache"] == (
+        cache_bytes(config, samples=1, tokens=64, branches=4, columns=4 * BLOCK, dtype=jnp.bfloat16) // 2
+    )
     norms = config.num_hidden_layers * (2 * config.hidden_size + 2 * config.head_dim) + config.hidden_size
     assert plan.held["parameters"] == 2 * ((parameter_count(config) - norms) // 2 + norms)
     assert plan.peak >= sum(plan.held.values())

@@ -1,0 +1,82 @@
+"""Finding a model: a directory or a hub id, an adapter and the base that it belongs to, and what identifies them."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pd_jax.errors import InputError
+from pd_jax.files.checks import read_json
+
+PARAMS = "params"  # the orbax checkpoint inside a model directory
+ADAPTER_CONFIG = "adapter_config.json"  # what makes a directory a LoRA adapter
+
+
+def find_model(path_or_hub_id: str, local_files_only: bool = False) -> Path:
+    """A directory as it is, or the local snapshot of a hub id (downloaded unless `local_files_only`).
+
+    Raises `InputError` when there is neither.
+    """
+    directory = Path(path_or_hub_id).expanduser()
+    if directory.is_dir():
+        return directory
+    name = str(path_or_hub_id)
+    if directory.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"{name} is not a directory; pass a model directory or a hub id like Qwen/Qwen3-0.6B")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "LICENSE", f"{PARAMS}/*"]
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{name} is no directory here and could not be had from the hub ({type(error).__name__}: {reason}); "
+            "pass a local model directory, or download it first"
+        ) from None
+
+
+class ModelSource(NamedTuple):
+    """Where weights are: a model directory and, perhaps, an adapter that belongs to it."""
+
+    model: Path
+    adapter: Path | None = None
+
+
+def find_source(
+    name: str, base_model: str | None = None, local_files_only: bool = False, *, flag: str = "--base-model"
+) -> ModelSource:
+    """The source that `name` stands for: a model, or a LoRA adapter with its base. Directories or hub ids.
+
+    An adapter's base is `base_model`, else what its adapter_config.json names. Raises `InputError` when there is no
+    base to be found, or one is given and `name` is no adapter; `flag` is what the user gives the base with.
+    """
+    directory = find_model(name, local_files_only)
+    if not (directory / ADAPTER_CONFIG).is_file():
+        if base_model is not None:
+            raise InputError(f"{flag} {base_model} is given, but {name} is no LoRA adapter; leave it out")
+        return ModelSource(directory)
+    base = base_model or read_adapter_config(directory).get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"{name} does not name the model that it adapts; pass it as {flag}")
+    return ModelSource(find_model(base, local_files_only), directory)
+
+
+def read_config_json(directory: Path) -> dict[str, Any]:
+    """A model directory's config.json."""
+    return read_json(directory / "config.json", "; pass a Hugging Face model directory or a pd_jax checkpoint")
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """A LoRA directory's adapter_config.json."""
+    return read_json(directory / ADAPTER_CONFIG, "; pass the directory of a LoRA adapter")
+
+
+def fingerprint(directory: Path) -> str:
+    """sha256 over the names and bytes of a model directory's settings, tokenizer and weights."""
+    total = hashlib.sha256()
+    files = [path for pattern in ("*.json", "*.safetensors", "params/**/*") for path in directory.glob(pattern)]
+    for path in sorted(path for path in files if path.is_file()):
+        with path.open("rb") as file:
+            total.update(f"{path.relative_to(directory)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()

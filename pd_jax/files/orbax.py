@@ -1,0 +1,72 @@
+"""Our own checkpoints of the weights, the `params/` of a model directory, through orbax with bounded memory."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from pd_jax.config import ModelConfig
+from pd_jax.errors import InputError
+from pd_jax.files.checks import differences, raise_collected
+from pd_jax.params import Params, param_shapes
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every file it opens
+
+CONCURRENT_BYTES = 256 << 20  # orbax's buffers beside the model; without a limit it holds the model twice
+CHUNK_BYTES = 64 << 20  # what is compressed at once
+
+
+def _context(tree: Any) -> ocp.Context:
+    """Orbax with bounded buffers; its limits must lie above the largest array of `tree`."""
+    context = ocp.Context()
+    largest = max(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = max(CONCURRENT_BYTES, largest + 1)
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    context.array.saving.use_compression = False  # weights hardly shrink, and it takes three times as long
+    return context
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """The arrays of a tree, or their shapes, by their keys: "['layers']['q']"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, tuple))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def read_checkpoint(path: Path, config: ModelConfig, dtype: Any, shardings: Any) -> Params:
+    """The weights at `path`, checked against `config` before they are read; dtype None: as they are stored."""
+    path = path.absolute()  # orbax finds nothing at a relative one, and says nothing
+    try:
+        stored = ocp.metadata(str(path)).metadata
+    except Exception as error:
+        raise InputError(f"{path} is not a readable checkpoint: {root_cause(error)}") from None
+    found, expected = _by_name(stored), _by_name(param_shapes(config))
+    if not found:
+        raise InputError(f"{path} is not a readable checkpoint: it holds no arrays; is it damaged?")
+    raise_collected(path, differences(found, expected, "the config says"))
+    target = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding),
+        stored,
+        shardings,
+    )
+    try:
+        with _context(target):
+            return ocp.load(str(path), target)
+    except Exception as error:
+        raise InputError(f"{path} is not a readable checkpoint: {root_cause(error)}") from None
+
+
+def write_checkpoint(path: Path, params: Params) -> None:
+    """Write `params` as the checkpoint `path`; every process must call it."""
+    with _context(params):
+        ocp.save(str(path.absolute()), params)
+
+
+def root_cause(error: BaseException) -> str:
+    """Orbax wraps every failure in a page about handlers; the reason is at the bottom of the chain."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # ty: ignore[invalid-assignment]
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
