@@ -202,7 +202,7 @@ def test_a_bias_of_minus_infinity_is_isolated():
     assert all(len(branch) == 32 for result in said[0] for branch in result)
 
 
-@pytest.mark.parametrize("align", ["left", "ragged"])
+@pytest.mark.parametrize("align", ["left", pytest.param("ragged", marks=pytest.mark.slow)])
 def test_one_call_mixes_visibilities(align):
     """Samples with a visibility of their own answer as from a decoder of that visibility, and give its logits."""
     mixing = decoder(align=align)

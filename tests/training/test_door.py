@@ -1,5 +1,6 @@
 """The learned bias towards siblings: where it begins, how far it moves, and that a run shows whether anybody looks."""
 
+import dataclasses
 import json
 
 import jax
@@ -14,6 +15,7 @@ from pd_jax.config import SECTION
 from pd_jax.files import load_config, load_params
 from pd_jax.params import init_params
 from pd_jax.training import Optimisation, make_optimizer, pretrain
+from pd_jax.training.loop import door_line
 from pd_jax.training.step import BIAS_TRAVEL
 
 ALL = {"mesh": (1, 8, 1), "batch_size": 8}  # every device of the tests
@@ -56,6 +58,15 @@ def test_a_run_shows_the_door_and_moves_it(tmp_path, capsys):
     assert "never seen" not in said
 
 
+@pytest.mark.parametrize(("bias", "shut"), [(-8.0, True), (-4.5, True), (-2.0, False), (0.0, False)])
+def test_a_bias_that_hides_every_sibling_is_said(bias, shut):
+    config = tiny.config(sibling_bias=True, visibility="columns")
+    params = {"layers": {"sibling_bias": jnp.full((2, 4), bias)}}
+    assert ("never seen" in door_line(config, params)) == shut
+    assert door_line(dataclasses.replace(config, visibility="isolated"), params) == ""
+
+
+@pytest.mark.slow
 def test_a_door_that_stays_shut_is_said_in_the_last_line(tmp_path, capsys):
     pretrain(pretrain_flags(tmp_path / "out", **DOOR, sibling_bias_start=-8.0, sibling_bias_lr=0.0, max_steps=2))
     assert "its siblings are never seen: sibling_bias ends at -8.00 .. -8.00." in " ".join(
