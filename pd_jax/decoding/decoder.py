@@ -160,7 +160,7 @@ class ParallelDecoder:
         """Answer all branches of all samples in one batch; `options` are the fields of `SamplingParams`.
 
         What a branch draws depends on the seed, the sample and its place in it only: a sample that stands twice in a
-        call answers the same twice. Ask with several seeds for several answers.
+        call answers the same twice. Ask with a seed per sample for several answers.
 
         Raises `InputError` for no samples, a prompt without tokens, a value out of range, a context longer than
         max_position_embeddings, and a cache that does not fit in the device's memory; all before anything compiles.
@@ -284,7 +284,7 @@ class ParallelDecoder:
         # A branch must end in the column in which its stop string does: its siblings would see what comes after.
         every = 1 if params.stop else every
         program = Program(self.config, row_visibility(samples, self.visibility), params.method())
-        controls = params.controls(self.eos_ids, self._allowed)
+        controls = params.controls(self.eos_ids, self._allowed, len(samples), len(prompt.tokens))
         decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         transcripts = [[Transcript(decode, self.eos_ids, limit, params.stop) for limit in row] for row in limits]
         slots, branches, room = prompt.tokens.shape[1], prompt.last.shape[1], BLOCK

@@ -23,7 +23,7 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
-    seed: int
+    seed: int | Sequence[int]
     stop: Sequence[str]
 
 
@@ -33,8 +33,8 @@ class SamplingParams:
 
     max_new_tokens: for every branch, or one number per branch of every sample as a nested list. do_sample False takes
     the likeliest token. top_k 0, top_p 1 and min_p 0 cut nothing. repetition_penalty looks at the branch's own prompt
-    and answer only. stop: strings that end a branch; its text is cut before them, its token_ids are not.
-    Raises `InputError` for a value out of range.
+    and answer only. seed: one number, or one per sample. stop: strings that end a branch; its text is cut before them,
+    its token_ids are not. Raises `InputError` for a value out of range.
     """
 
     max_new_tokens: int | Sequence[Sequence[int]] = 32
@@ -44,7 +44,7 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    seed: int = 0
+    seed: int | Sequence[int] = 0
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class SamplingParams:
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
-            "seed": (0 <= self.seed < 2**32, "in 0..2**32-1"),
+            "seed": (all(0 <= seed < 2**32 for seed in np.ravel(self.seed)), "in 0..2**32-1"),
             "stop": (not isinstance(self.stop, str) and all(self.stop), "a list of strings that are not empty"),
         }
         for name, (right, wanted) in checks.items():
@@ -72,14 +72,18 @@ class SamplingParams:
         truncate = self.do_sample and (self.top_k > 0 or self.top_p < 1)
         return Method(self.do_sample, truncate, self.repetition_penalty != 1)
 
-    def controls(self, eos_ids: Sequence[int], allowed: Array) -> "Controls":
+    def controls(self, eos_ids: Sequence[int], allowed: Array, samples: int, rows: int) -> "Controls":
+        if np.ndim(self.seed) and np.size(self.seed) != samples:
+            raise InputError(
+                f"seed is for {np.size(self.seed)} samples, there are {samples}; give one, or one a sample"
+            )
         return Controls(
             np.float32(self.temperature),
             np.int32(self.top_k),
             np.float32(self.top_p),
             np.float32(self.min_p),
             np.float32(self.repetition_penalty),
-            np.uint32(self.seed),
+            np.resize(np.asarray(self.seed, np.uint32), rows),
             np.array(eos_ids, np.int32),
             allowed,
         )
@@ -102,7 +106,7 @@ class Controls(NamedTuple):
     top_p: Any  # float32 scalar
     min_p: Any  # float32 scalar
     repetition_penalty: Any  # float32 scalar
-    seed: Any  # uint32 scalar
+    seed: Any  # uint32 [S]
     eos: Any  # int32 [E], the tokens that end a branch
     allowed: Any  # bool [V], what may be chosen
 

@@ -233,17 +233,17 @@ def choose(program: Program, controls: Controls, state: State, scores: Array) ->
     return after, jnp.where(silent, -1, token)
 
 
+@partial(jax.jit, static_argnames=("size", "axis"))
+def _grow(array: Array, size: int, axis: int) -> Array:
+    return jnp.pad(array, [(0, size - n if a == axis else 0) for a, n in enumerate(array.shape)])
+
+
 def start(weights: Params, program: Program, prompt: Prompt, seed: Array, room: int) -> tuple[State, Array]:
     """Run the rows once, into a cache with room for `room` columns; the logits [S, n, V] at their last tokens."""
     config = program.config
     (s, t), n = prompt.tokens.shape, prompt.last.shape[1]
     hidden, kept = encode(weights, program, prompt.tokens, prompt.coordinates)
-    space = n * room
-
-    def widen(array: Array, axis: int) -> Array:
-        return jnp.pad(array, [(0, space if a == axis else 0) for a in range(array.ndim)])
-
-    where = prompt.coordinates
+    where, slots = prompt.coordinates, t + n * room
     seen = None
     if program.method.penalise:
         own = where.valid & where.prompt
@@ -253,11 +253,12 @@ def start(weights: Params, program: Program, prompt: Prompt, seed: Array, room: 
     key = None
     if program.method.do_sample:
         # Named: under vmap, other generators draw otherwise than one by one, and a branch's stream must be its own.
-        key = jax.vmap(jax.vmap(partial(jax.random.fold_in, jax.random.key(seed, impl="threefry2x32"))))(prompt.stream)
+        keys = jax.vmap(partial(jax.random.key, impl="threefry2x32"))(seed)
+        key = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, prompt.stream)
 
     state = State(
-        cache=[(_over_heads(widen(_heads_first(k), 1)), _over_heads(widen(_heads_first(v), 1))) for k, v in kept],
-        coordinates=jax.tree.map(lambda array: widen(array, 1), where),
+        cache=jax.tree.map(lambda array: _over_heads(_grow(_heads_first(array), slots, 1)), kept),
+        coordinates=jax.tree.map(lambda array: _grow(array, slots, 1), where),
         slot=jnp.int32(t),
         count=jnp.int32(0),
         token=jnp.zeros((s, n), jnp.int32),
@@ -306,16 +307,10 @@ def decode_block(
     return jax.lax.while_loop(going, column, (dataclasses.replace(state, done=state.done | ended), out))
 
 
-@partial(jax.jit, static_argnames=("size", "axis"))
-def _grow(array: Array, size: int, axis: int) -> Array:
-    return jnp.pad(array, [(0, size - n if a == axis else 0) for a, n in enumerate(array.shape)])
-
-
 def enlarge(state: State, slots: int) -> State:
     """The state with a cache of `slots` slots. Layer by layer: the old and the new cache never exist together."""
     cache = state.cache
-    for i in range(len(cache)):
-        k, v = cache[i]
+    for i, (k, v) in enumerate(cache):
         cache[i] = _grow(k, slots, 1), _grow(v, slots, 1)
     coordinates = jax.tree.map(lambda array: _grow(array, slots, 1), state.coordinates)
     return dataclasses.replace(state, coordinates=coordinates)

@@ -429,7 +429,9 @@ def test_random_numbers_depend_on_the_branch_alone():
     assert changed[0] == both[0][0]
     assert changed[2] == both[0][2]
     assert changed[1] != both[0][1]
-    assert say([first, second], seed=4) != both
+    other = say([first, second], seed=4)
+    assert other != both
+    assert say([first, first, second], seed=[3, 4, 4]) == [both[0], *other]  # a seed for every sample
     same = TokenSample(first.background, [first.branches[0]] * 3)
     assert len({*say([same, second])[0]}) == 3
 
@@ -589,6 +591,7 @@ def test_logits_need_no_prompt_array_unless_it_is_looked_at():
         ({"min_p": 2.0}, "min_p is 2.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"seed": -1}, "seed is -1"),
+        ({"seed": [0, 1, 2]}, "seed is for 3 samples, there are 2"),
         ({"stop": "a"}, "stop is 'a'"),
         ({"stop": [""]}, r"stop is \[''\]"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
