@@ -259,7 +259,7 @@ def run_cell(cell: Cell, seeds: Sequence[int], recipe: Recipe) -> list[Run]:
             "solved": good == 2,
             "seconds": round(seconds, 1),
             "bias": None if bias is None else (float(bias.min()), float(bias.max())),
-            "attention": np.asarray(mass).mean(1).round(3).tolist(),
+            "attention": np.asarray(mass).mean((0, 2)).round(3).tolist(),
             "counts": counts,
         }
 

@@ -28,6 +28,7 @@ from pd_jax.decoding.sampling import Controls, Method, distribution, draw
 from pd_jax.mesh import CACHE_KS_C_H
 from pd_jax.model import block, head, rms_norm
 from pd_jax.params import PROJECTIONS, Params
+from pd_jax.sight import watching
 
 BLOCK = 32  # columns decoded per jitted call; also the first cache size, in columns
 
@@ -136,12 +137,13 @@ def cached_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | No
 
 
 def encode(
-    weights: Params, program: Program, tokens: Array, coordinates: Coordinates
+    weights: Params, program: Program, tokens: Array, coordinates: Coordinates, attend: Any = None
 ) -> tuple[Array, list[tuple[Array, Array]]]:
-    """Whole rows at once, with the training attention: hidden states [S, T, D], and k, v [S, T, K, H] per layer."""
+    """Whole rows at once, with the training attention unless another is given: hidden states [S, T, D], and k and v
+    [S, T, K, H] of every layer."""
     config = program.config
     rope = rope_tables(config, coordinates.branch, coordinates.column)
-    attend = make_attention(coordinates, program.visibility)
+    attend = make_attention(coordinates, program.visibility) if attend is None else attend
     kept: list[tuple[Array, Array]] = []
 
     def attend_and_keep(q: Array, k: Array, v: Array, sibling_bias: Array | None = None) -> Array:
@@ -320,6 +322,14 @@ def enlarge(state: State, slots: int) -> State:
 def row_logits(weights: Params, tokens: Array, coordinates: Coordinates, *, program: Program) -> Array:
     """float32 [S, T, V]: every token's logits in one forward."""
     return _logits(weights, encode(weights, program, tokens, coordinates)[0])
+
+
+@partial(jax.jit, static_argnames=("program",))
+def row_attention(weights: Params, tokens: Array, coordinates: Coordinates, *, program: Program) -> Array:
+    """`sight.attention_mass` of the weights of decoding."""
+    attend, seen = watching(coordinates, program.visibility)
+    encode(weights, program, tokens, coordinates, attend)
+    return jnp.stack(seen, axis=1)
 
 
 def cache_bytes(config: ModelConfig, *, samples: int, tokens: int, branches: int, columns: int, dtype: Any) -> int:
