@@ -128,10 +128,10 @@ def grid(flags: AblateFlags) -> list[Cell]:
     return cells + [Cell(task, "both", seen) for task in tasks for seen in others if "both" in schemes]
 
 
-def optimum(cell: Cell, visibility: Visibility) -> float | None:
-    """The best decoded accuracy of a cell's models in `visibility`."""
-    best, scheme = TASKS[cell.task].optimum(TASKS[cell.task].branches), SCHEMES[cell.scheme]
-    no_signal = not scheme.pairs and (scheme.bias is None or cell.task in ORDER)
+def optimum(task: Task, scheme: Scheme, visibility: Visibility) -> float | None:
+    """The best decoded accuracy of a task's models in `visibility`."""
+    best = task.optimum(task.branches)
+    no_signal = not scheme.pairs and (scheme.bias is None or task.name in ORDER)
     return best["no signal" if no_signal else visibility]
 
 
@@ -163,8 +163,8 @@ def accuracy(task: Task, decoder: Any, samples: Sequence[TokenSample], seed: int
     return float(scores.mean()), float(np.sqrt(scores.mean() * (1 - scores.mean()) / len(scores)))
 
 
-def run_cell(cell: Cell, seeds: Sequence[int], recipe: Recipe) -> list[Run]:
-    """The runs of a cell, one after the other: its programs are compiled once."""
+def run_cell(cell: Cell, seeds: Sequence[int], recipe: Recipe, own: Task | None = None) -> list[Run]:
+    """The runs of a cell, one after the other: its programs are compiled once. `own`: a task not in `TASKS`."""
     import jax
     import jax.numpy as jnp
 
@@ -178,7 +178,7 @@ def run_cell(cell: Cell, seeds: Sequence[int], recipe: Recipe) -> list[Run]:
     from pd_jax.training import Optimisation, StepSettings, make_optimizer, make_step
 
     logging.getLogger("pd_jax").setLevel(logging.ERROR)  # decoded otherwise than trained, on purpose
-    task, scheme = TASKS[cell.task], SCHEMES[cell.scheme]
+    task, scheme = own or TASKS[cell.task], SCHEMES[cell.scheme]
     grow = recipe.head_dim // 32 if cell.scheme == "pairs" else 1
     config = ModelConfig(
         vocab_size=VOCABULARY,
@@ -232,7 +232,9 @@ def run_cell(cell: Cell, seeds: Sequence[int], recipe: Recipe) -> list[Run]:
                 began = time.perf_counter()
             if taken % CHECK_STEPS == 0:
                 now = decoders(state["trained"], trained_as)
-                there = [near(*accuracy(task, d, held_out, taken), optimum(cell, name)) for name, d in now.items()]
+                there = [
+                    near(*accuracy(task, d, held_out, taken), optimum(task, scheme, name)) for name, d in now.items()
+                ]
                 good = good + 1 if all(there) else 0
                 if good == 2:
                     break
@@ -253,7 +255,7 @@ def run_cell(cell: Cell, seeds: Sequence[int], recipe: Recipe) -> list[Run]:
             "seed": seed,
             "recipe": asdict(recipe),
             "accuracy": {name: score for name, (score, _) in scores.items()},
-            "optimum": {name: optimum(cell, name) for name in scores},
+            "optimum": {name: optimum(task, scheme, name) for name in scores},
             "error": max(error for _, error in scores.values()),
             "steps": taken,
             "solved": good == 2,
