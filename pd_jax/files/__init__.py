@@ -1,5 +1,10 @@
 """Weights on disk: model directories, Hugging Face's safetensors and PEFT's adapters, read and written."""
 
+from pd_jax.files.config_json import (
+    config_from_hf as config_from_hf,
+    config_to_hf as config_to_hf,
+    known_config as known_config,
+)
 from pd_jax.files.directories import (
     load_config as load_config,
     load_eos_ids as load_eos_ids,
@@ -16,6 +21,7 @@ from pd_jax.files.find import (
     read_adapter_config as read_adapter_config,
     read_config_json as read_config_json,
 )
+from pd_jax.files.gguf import import_gguf as import_gguf
 from pd_jax.files.orbax import root_cause as root_cause
 from pd_jax.files.peft import load_adapter as load_adapter, save_adapter as save_adapter
 from pd_jax.files.safetensors import parse_size as parse_size, write_params as write_params
