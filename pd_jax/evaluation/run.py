@@ -21,6 +21,7 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from pd_jax.config import SECTION
 from pd_jax.data.squad import Context, load_squad, select, to_tokens
+from pd_jax.data.text import BadRows
 from pd_jax.errors import InputError
 from pd_jax.evaluation.flags import EvaluateFlags
 from pd_jax.evaluation.metrics import answer_of, leaks, score, summarize
@@ -203,13 +204,13 @@ def load_results(path: Path, against: str | None = None) -> Results:
 # The whole ------------------------------------------------------------------------------------------------------------
 
 
-def _publish(results: Results, directory: Path, dump_file: str | None, console: Console) -> Results:
+def _publish(results: Results, directory: Path, dump_file: str | None, console: Console, skipped: str = "") -> Results:
     """Write the report and the dump, print the table."""
     write_report(results, directory / "report.html")
     if dump_file is not None:
         write_json(Path(dump_file), dump(results))
     print_table(results["summary"], console)
-    console.print(f"written: {directory}/report.html, results.json, predictions-ROW.jsonl", soft_wrap=True)
+    console.print(f"written: {directory}/report.html, results.json, predictions-ROW.jsonl{skipped}", soft_wrap=True)
     return results
 
 
@@ -241,7 +242,8 @@ def evaluate(flags: EvaluateFlags) -> Results:
     notes += more
 
     # Questions
-    contexts = load_squad(flags.dataset_name, flags.dataset_split, flags.local_files_only)
+    bad = BadRows(flags.skip_bad_rows)
+    contexts = load_squad(flags.dataset_name, flags.dataset_split, flags.local_files_only, bad)
     contexts = select(contexts, flags.max_branches, flags.min_questions, flags.max_eval_samples)
     check_lengths(contexts, shared, conditions.max_new_tokens)
     for note in notes:
@@ -277,4 +279,4 @@ def evaluate(flags: EvaluateFlags) -> Results:
     }
     results: Results = {**recorded, "summary": summarize(recorded)}
     write_json(Path(flags.output_dir) / "results.json", results)
-    return _publish(results, Path(flags.output_dir), flags.dump_file, console)
+    return _publish(results, Path(flags.output_dir), flags.dump_file, console, bad.summary())

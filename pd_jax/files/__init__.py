@@ -18,6 +18,12 @@ from pd_jax.files.find import (
 )
 from pd_jax.files.orbax import root_cause as root_cause
 from pd_jax.files.peft import load_adapter as load_adapter, save_adapter as save_adapter
+from pd_jax.files.runs import (
+    Base as Base,
+    check_base as check_base,
+    check_output as check_output,
+    write_run as write_run,
+)
 from pd_jax.files.safetensors import parse_size as parse_size, write_params as write_params
 from pd_jax.files.saving import (
     save_model as save_model,

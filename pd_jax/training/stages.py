@@ -12,11 +12,20 @@ import jax.numpy as jnp
 from pd_jax.attention import Call, check_backend
 from pd_jax.config import MIX, LoraConfig
 from pd_jax.data import fineweb, pipeline, squad
+from pd_jax.data.text import BadRows
 from pd_jax.errors import InputError
-from pd_jax.files import find_model, fingerprint, load_adapter, load_config, load_eos_ids, load_tokenizer
+from pd_jax.files import (
+    check_base,
+    check_output,
+    find_model,
+    fingerprint,
+    load_adapter,
+    load_config,
+    load_eos_ids,
+    load_tokenizer,
+)
 from pd_jax.layout import TokenSample
 from pd_jax.mesh import check_batch, check_model, compile_target, make_mesh
-from pd_jax.training.checkpoints import check_base, check_output
 from pd_jax.training.flags import FinetuneFlags, PretrainFlags, TrainFlags
 from pd_jax.training.loop import Run, Start, train
 from pd_jax.training.monitor import Trace, say
@@ -34,7 +43,7 @@ def pretrain(flags: PretrainFlags) -> None:
     if flags.streaming and flags.workers:
         raise InputError(f"--workers {flags.workers} cannot share a stream; leave out --streaming or --workers")
     length = flags.branch_count * flags.seq_length
-    start, settings = prepare(flags, length)
+    start, settings, bad = *prepare(flags, length), BadRows(flags.skip_bad_rows)
     rows = row_settings(flags, start, length)
     documents = fineweb.load_documents(
         flags.dataset_name,
@@ -53,18 +62,19 @@ def pretrain(flags: PretrainFlags) -> None:
             rows_per_step=rows_per_step(flags),
             workers=flags.workers,
             epochs=epochs,
+            bad=bad,
         )
 
-    def cut(documents: fineweb.Documents) -> fineweb.Documents:
-        return fineweb.segments(documents, start.tokenizer, flags.seq_length, start.end)
+    def cut(documents: fineweb.Documents, name: str = flags.dataset_name) -> fineweb.Documents:
+        return fineweb.segments(documents, start.tokenizer, flags.seq_length, start.end, name=name, bad=bad)
 
     held_out = None
     if flags.eval_dataset_name is not None:
         name, local = flags.eval_dataset_name, flags.local_files_only
-        held_out = partial(batches, cut(fineweb.load_documents(name, max_samples=64, local_files_only=local)), 1)
+        held_out = partial(batches, cut(fineweb.load_documents(name, max_samples=64, local_files_only=local), name), 1)
         held_out()  # too few documents are refused here, not in the middle of the run
     run = run_of(flags, flags.max_steps, length)
-    train(start, run, optimisation(flags), settings, data=batches(cut(documents)), held_out=held_out)
+    train(start, run, optimisation(flags), settings, data=batches(cut(documents)), held_out=held_out, bad=bad)
 
 
 def finetune(flags: FinetuneFlags) -> None:
@@ -72,11 +82,11 @@ def finetune(flags: FinetuneFlags) -> None:
     start_processes(flags.coordinator_address, flags.num_processes, flags.process_id)
     if finished(flags):
         return
-    start, settings = prepare(flags, flags.max_length)
+    start, settings, bad = *prepare(flags, flags.max_length), BadRows(flags.skip_bad_rows)
     rows = row_settings(flags, start, flags.max_length)
 
     def samples(name: str, split: str, limit: int | None) -> list[TokenSample]:
-        contexts = squad.load_squad(name, split, flags.local_files_only)
+        contexts = squad.load_squad(name, split, flags.local_files_only, bad)
         contexts = squad.select(contexts, flags.max_branches, flags.min_questions, limit)
         kept, line = squad.fitted_samples(contexts, start.tokenizer, start.end, flags.max_length, name)
         say(line)
@@ -110,7 +120,7 @@ def finetune(flags: FinetuneFlags) -> None:
         check_batch(size, start.mesh)
         held_out = lambda: batches(kept, size, 1)[0]  # noqa: E731
     run = run_of(flags, steps, flags.max_length)
-    train(start, run, optimisation(flags), settings, data=data, held_out=held_out)
+    train(start, run, optimisation(flags), settings, data=data, held_out=held_out, bad=bad)
 
 
 # ---------------------------------------------------------------- from flags to values

@@ -1,0 +1,33 @@
+"""Text on its way in: rows that hold none are refused or counted, and what people typed is tokenised as text."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from pd_jax.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class BadRows:
+    """What to do with a row of a data set that cannot be used, and how many there were so far."""
+
+    skip: bool = False
+    count: int = 0
+
+    def meet(self, error: InputError) -> None:
+        """Count a bad row and log what is wrong with it; where rows are not skipped, raise `InputError`."""
+        if not self.skip:
+            raise InputError(f"{error}; mend or remove that row, or pass --skip-bad-rows") from None
+        self.count += 1
+        log.warning("skipped: %s", error)
+
+    def summary(self) -> str:
+        """For the last line of a run; nothing where there was none."""
+        return f"; {self.count} bad rows of the data were skipped" if self.count else ""
+
+
+def tokenise(tokenizer: Any, text: Any) -> Any:
+    """The token ids of a text, or of every text of a list."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
