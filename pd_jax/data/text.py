@@ -28,6 +28,7 @@ class BadRows:
         return f"; {self.count} bad rows of the data were skipped" if self.count else ""
 
 
-def tokenise(tokenizer: Any, text: Any) -> Any:
-    """The token ids of a text, or of every text of a list."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def tokenise(tokenizer: Any, text: Any, chat_markup: bool = False) -> Any:
+    """The token ids of a text, or of every text of a list. What spells a control token (`<|im_end|>`) is text like any
+    other, unless `chat_markup` says that it is meant."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=not chat_markup)["input_ids"]

@@ -27,6 +27,7 @@ from pd_jax.config import (
     Visibility,
     check_choice,
 )
+from pd_jax.data.text import tokenise
 from pd_jax.decoding.answers import Columns, Event, Result, Transcript
 from pd_jax.decoding.prompts import SMALLEST_ROW, Prompt, branch_limits, make_prompt, row_visibility
 from pd_jax.decoding.sampling import Method, SamplingOptions, SamplingParams
@@ -230,9 +231,6 @@ class ParallelDecoder:
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _tokenise(self, samples: Sequence[Sample | TokenSample]) -> list[TokenSample]:
-        def ids(text: str) -> tuple[int, ...]:
-            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
-
         if isinstance(samples, Sample | TokenSample):
             raise InputError("samples is one sample; pass a list of samples")
         if not samples:
@@ -240,6 +238,7 @@ class ParallelDecoder:
         out = []
         for i, sample in enumerate(samples):
             if isinstance(sample, Sample):
+                ids = partial(tokenise, self.tokenizer, chat_markup=sample.chat_markup)
                 branches = [Branch(ids(text)) for text in sample.branches]
                 sample = TokenSample(ids(sample.background), branches, sample.visibility)
             empty = [b for b, branch in enumerate(sample.branches) if not len(branch.prompt)]

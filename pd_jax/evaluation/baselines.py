@@ -6,10 +6,12 @@ the vocabulary of our rows (rows that the tokenizer does not have are never chos
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pd_jax.data.squad import Context, background_text, to_tokens
+from pd_jax.data.text import tokenise
 from pd_jax.errors import InputError
 
 
@@ -110,8 +112,7 @@ class Transformers:
         """
         from transformers import DynamicCache
 
-        def encode(text: str) -> list[int]:
-            return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        encode = partial(tokenise, self._tokenizer)
 
         ids, ended, forwards, prefill = [], [], 0, 0
         for context in contexts:
