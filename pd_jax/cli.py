@@ -80,7 +80,7 @@ def _coerce(value: Any, kind: type, many: bool, name: str) -> Any:
     if isinstance(value, bool) == (kind is bool) and not isinstance(value, list | dict):
         try:
             number = kind(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
         else:
             if kind is not int or number == float(value):
@@ -93,7 +93,7 @@ def _read_yaml(path: str, fields: dict[str, dataclasses.Field], hints: dict[str,
         raise InputError(f"--config {path}: no such file")
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise InputError(f"--config {path} holds {type(loaded).__name__}; write one `flag: value` a line")

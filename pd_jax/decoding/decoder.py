@@ -27,13 +27,13 @@ from pd_jax.config import (
     Visibility,
     check_choice,
 )
-from pd_jax.data.text import tokenise
+from pd_jax.data.text import check_ids, check_sample, tokenise
 from pd_jax.decoding.answers import Columns, Event, Result, Transcript
 from pd_jax.decoding.prompts import SMALLEST_ROW, Prompt, branch_limits, make_prompt, row_visibility
 from pd_jax.decoding.sampling import Method, SamplingOptions, SamplingParams
 from pd_jax.decoding.steps import BLOCK, Program, cache_bytes, decode_block, enlarge, prefill, row_logits, unstack
 from pd_jax.errors import InputError
-from pd_jax.files import find_model, load_adapter, load_config, load_eos_ids, load_params, load_tokenizer
+from pd_jax.files import check_rows, find_model, load_adapter, load_config, load_eos_ids, load_params, load_tokenizer
 from pd_jax.layout import Branch, Layout, Sample, TokenSample, bucket, build_layout
 from pd_jax.lora import merge_kernel
 from pd_jax.mesh import check_model, decoding_shardings, param_shardings
@@ -105,6 +105,7 @@ class ParallelDecoder:
         if mesh is not None:
             self.weights = jax.device_put(self.weights, decoding_shardings(config, mesh))
         # A model has more rows than its tokenizer has tokens; the rows beyond were never trained.
+        check_rows(tokenizer, config.vocab_size)
         known = set(tokenizer.get_vocab().values())
         self._allowed = jnp.array([i in known for i in range(config.vocab_size)])
 
@@ -130,7 +131,7 @@ class ParallelDecoder:
         extra = None if adapter is None else find_model(str(adapter), local_files_only)
         config = load_config(directory, pair_indices, extra)
         _check_mesh(config, mesh)
-        tokenizer = load_tokenizer(directory)
+        tokenizer = load_tokenizer(directory, config.vocab_size)
         eos_ids = load_eos_ids(directory, tokenizer)
         shardings = None if mesh is None else param_shardings(config, mesh)
         params = load_params(directory, config, jnp.dtype(dtype), shardings=shardings)
@@ -213,6 +214,7 @@ class ParallelDecoder:
         given = set(layout.keys())
         shape = np.shape(layout["tokens"])
         arrays = {name: np.asarray(layout[name]) for name in ("tokens", "branch", "column", "segment", "valid")}
+        check_ids(arrays["tokens"], self.config.vocab_size, "the layout's tokens")
         kind = np.asarray(layout["visibility"]) if "visibility" in given else np.full(shape, -1)
         kind = np.where(kind < 0, VISIBILITIES.index(self.visibility), kind).astype(np.int32)
         visibility: RowVisibility = VISIBILITIES[kind.flat[0]] if kind.size and (kind == kind.flat[0]).all() else MIX
@@ -244,6 +246,7 @@ class ParallelDecoder:
             empty = [b for b, branch in enumerate(sample.branches) if not len(branch.prompt)]
             if empty or not sample.branches:
                 raise InputError(f"sample {i}: " + (f"prompts {empty} have no tokens" if empty else "no branches"))
+            check_sample(sample, self.config.vocab_size, f"sample {i}")
             out.append(sample)
         return out
 

@@ -52,7 +52,7 @@ def find_shared(sources: "Mapping[RowSpec, ModelSource]", conditions: Conditions
     """
     from pd_jax.files import load_config, load_eos_ids, load_tokenizer, read_config_json
 
-    notes, most = [], []
+    notes, most, tokenizers = [], [], {}
     otherwise: dict[str, list[str]] = {}
     for spec, source in sources.items():
         way = spec.way
@@ -60,13 +60,13 @@ def find_shared(sources: "Mapping[RowSpec, ModelSource]", conditions: Conditions
         pairs = () if plain else None if way.hf else conditions.pair_indices
         config = load_config(source.model, pairs, source.adapter)
         most.append(config.max_position_embeddings)
+        tokenizers[source.model] = load_tokenizer(source.model, config.vocab_size)
         if way.visibility is not None:
             align = way.align(config, conditions.align)
             if config.trained_otherwise(way.visibility, align):
                 trained = f"{source.adapter or source.model} was trained with visibility {config.visibility}, align"
                 otherwise.setdefault(f"{trained} {config.align}", []).append(f"{spec.name} ({way.visibility}, {align})")
     notes += [f"{trained}; other rows: {', '.join(rows)}" for trained, rows in otherwise.items()]
-    tokenizers = {source.model: load_tokenizer(source.model) for source in sources.values()}
     first, tokenizer = next(iter(tokenizers.items()))
     for directory, other in tokenizers.items():
         if other.get_vocab() != tokenizer.get_vocab():
@@ -196,7 +196,9 @@ def load_results(path: Path, against: str | None = None) -> Results:
             raise InputError(f"--against {against} is not a row of {path}: {' '.join(results['rows'])}")
         results["flags"]["against"] = against or results["flags"]["against"]
         results["summary"] = summarize(results)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise InputError(f"--from {path} is not a results.json of this script ({error!r})") from None
     return results
 

@@ -1,6 +1,7 @@
 """Weights on disk: model directories, Hugging Face's safetensors and PEFT's adapters, read and written."""
 
 from pd_jax.files.directories import (
+    check_rows as check_rows,
     load_config as load_config,
     load_eos_ids as load_eos_ids,
     load_params as load_params,
@@ -22,6 +23,7 @@ from pd_jax.files.runs import (
     Base as Base,
     check_base as check_base,
     check_output as check_output,
+    keep_metrics as keep_metrics,
     write_run as write_run,
 )
 from pd_jax.files.safetensors import parse_size as parse_size, write_params as write_params

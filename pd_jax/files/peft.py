@@ -12,14 +12,13 @@ from jax import Array
 from pd_jax.config import SECTION, LoraConfig, ModelConfig
 from pd_jax.errors import InputError
 from pd_jax.files.checks import differences, raise_collected
-from pd_jax.files.find import ADAPTER_CONFIG, fingerprint, read_adapter_config
+from pd_jax.files.find import ADAPTER_CONFIG, BASE_FINGERPRINT, fingerprint, read_adapter_config
 from pd_jax.files.safetensors import Pending, read_header, write_safetensors
 from pd_jax.files.saving import staging
 from pd_jax.lora import adapter_shapes
 from pd_jax.params import PROJECTIONS, Params
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-BASE_FINGERPRINT = "base_fingerprint"  # in our section of adapter_config.json
 
 # What PEFT can do and we cannot: the field of adapter_config.json and the values under which it changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -122,7 +121,7 @@ def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None)
         for field, values in NEUTRAL.items()
         if field in peft and peft[field] not in values
     ]
-    errors += [f"{field} is missing" for field in ("r", "lora_alpha") if field not in peft]
+    errors += [f"{field} is missing" for field in ("r", "lora_alpha") if peft.get(field) is None]
     raise_collected(directory / ADAPTER_CONFIG, errors)
     if not (directory / ADAPTER_WEIGHTS).is_file():
         raise InputError(f"{directory} has no {ADAPTER_WEIGHTS}; is the adapter complete?")
@@ -134,9 +133,9 @@ def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None)
     lora = LoraConfig(
         r=peft["r"],
         alpha=peft["lora_alpha"],
-        dropout=peft.get("lora_dropout", 0.0),
+        dropout=peft.get("lora_dropout") or 0.0,
         target_modules=targets,
-        rslora=peft.get("use_rslora", False),
+        rslora=bool(peft.get("use_rslora")),
     )
     shapes = adapter_shapes(config, lora)
     expected = {

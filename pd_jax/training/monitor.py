@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from pd_jax.errors import InputError
+from pd_jax.files import keep_metrics
 from pd_jax.machines import data_sheet
 from pd_jax.training.step import Metrics
 
@@ -64,10 +65,7 @@ class Monitor:
         self.mine = jax.process_index() == 0
         if self.mine:
             say(f"MFU is a share of {self.peak / 1e12:,.2f} TFLOP/s: {jax.device_count()} x {origin}")
-            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-            # A line that a kill cut short has no closing brace.
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
-            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            keep_metrics(self.path, first)
             self.file = self.path.open("a", encoding="utf-8")
             self.events = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1)
         self.since, self.seen, self.tokens, self.used = time.monotonic(), first, 0.0, 0.0

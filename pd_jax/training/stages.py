@@ -200,12 +200,7 @@ def prepare(flags: TrainFlags, row_length: int) -> tuple[Start, StepSettings]:
     if bias_start is None:
         bias_start = 0.0 if flags.random_init or config.visibility is not None else PRETRAINED_BIAS_START
     config = dataclasses.replace(config, sibling_bias=bias, visibility=visibility, align=align)
-    tokenizer = load_tokenizer(directory)
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"{directory}: the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size} rows; "
-            "use the tokenizer that belongs to the model"
-        )
+    tokenizer = load_tokenizer(directory, config.vocab_size)
     eos = load_eos_ids(directory, tokenizer)
     mesh = make_mesh(*flags.mesh)
     check_model(config, mesh)
