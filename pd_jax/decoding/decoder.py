@@ -31,7 +31,17 @@ from pd_jax.data.text import check_ids, check_sample, tokenise
 from pd_jax.decoding.answers import Columns, Event, Result, Transcript
 from pd_jax.decoding.prompts import SMALLEST_ROW, Prompt, branch_limits, make_prompt, row_visibility
 from pd_jax.decoding.sampling import Method, SamplingOptions, SamplingParams
-from pd_jax.decoding.steps import BLOCK, Program, cache_bytes, decode_block, enlarge, prefill, row_logits, unstack
+from pd_jax.decoding.steps import (
+    BLOCK,
+    BROKEN,
+    Program,
+    cache_bytes,
+    decode_block,
+    enlarge,
+    prefill,
+    row_logits,
+    unstack,
+)
 from pd_jax.errors import InputError
 from pd_jax.files import check_rows, find_model, load_adapter, load_config, load_eos_ids, load_params, load_tokenizer
 from pd_jax.layout import Branch, Layout, Sample, TokenSample, bucket, build_layout
@@ -293,6 +303,11 @@ class ParallelDecoder:
         with self._on_mesh():
             state, token = prefill(self.weights, controls, prompt, program=program, room=room)
         columns = np.asarray(token)[None]
+        for r, b in np.argwhere(columns[0] == BROKEN):
+            raise InputError(
+                f"sample {r}, branch {b}: the logits behind its prompt are NaN or infinite; the weights or the adapter "
+                f"are damaged, or dtype {self.dtype} is too narrow for them"
+            )
         count = 0  # columns chosen; all but the last have been fed
         while True:
             for column, chosen in enumerate(columns, start=count):

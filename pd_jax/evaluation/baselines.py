@@ -52,6 +52,9 @@ class Transformers:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(directory), dtype=getattr(torch, dtype), local_files_only=True
         )
+        for name, weight in model.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise InputError(f"{directory}: {name} holds NaN or infinity; it is damaged, or training has diverged")
         unknown = sorted(set(range(model.config.vocab_size)) - set(tokenizer.get_vocab().values()))
         # Set on the model: what its own generation_config says (sampling, temperature) must not be mixed in.
         model.generation_config = transformers.GenerationConfig(

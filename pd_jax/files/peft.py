@@ -20,23 +20,28 @@ from pd_jax.params import PROJECTIONS, Params
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-# What PEFT can do and we cannot: the field of adapter_config.json and the values under which it changes nothing.
+# Fields of adapter_config.json that are read, or decide nothing once the adapter is trained: its tensors say which
+# modules and layers they are for.
+READ = {
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "base_model_name_or_path", SECTION),
+    *("target_modules", "exclude_modules", "layers_pattern", "inference_mode", "auto_mapping", "peft_version"),
+    *("eva_config", "qalora_group_size", "runtime_config"),
+}
+# The values under which the others change nothing, where they are not the usual ones.
+NOTHING: tuple[Any, ...] = (None, False, [], {})
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
+    "task_type": (None, "CAUSAL_LM"),
+    "revision": (None, "main"),
     "bias": ("none",),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "layers_to_transform": (None, []),
-    "layer_replication": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "alora_invocation_tokens": (None, []),
-    "use_qalora": (False, None),
+    "megatron_core": (None, "megatron.core"),
+    # The others (pissa, olora, corda, loftq, lora_ga ...) begin by changing the base.
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
 }
+
+
+def _changes_nothing(field: str, value: Any) -> bool:
+    return any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL.get(field, NOTHING))
 
 
 def _tensor_name(layer: int, name: str, part: str) -> str:
@@ -118,8 +123,8 @@ def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None)
     ]
     errors += [
         f"{field} is {peft[field]!r}, which only PEFT can do; merge the adapter with PEFT first"
-        for field, values in NEUTRAL.items()
-        if field in peft and peft[field] not in values
+        for field in peft
+        if field not in READ and not _changes_nothing(field, peft[field])
     ]
     errors += [f"{field} is missing" for field in ("r", "lora_alpha") if peft.get(field) is None]
     raise_collected(directory / ADAPTER_CONFIG, errors)
@@ -147,7 +152,7 @@ def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None)
     raise_collected(directory / ADAPTER_WEIGHTS, differences(tensors, expected, "r and the base say"))
 
     def stack(name: str, part: str, shape: tuple[int, ...]) -> Array:
-        layers = [tensors[_tensor_name(layer, name, part)].read().T for layer in range(shape[0])]
+        layers = [tensors[_tensor_name(layer, name, part)].checked().T for layer in range(shape[0])]
         return jnp.asarray(np.stack(layers).reshape(shape).astype(np.float32))
 
     adapters = {name: {part: stack(name, part, s) for part, s in parts.items()} for name, parts in shapes.items()}
