@@ -150,7 +150,16 @@ def parse(flags: type[T], argv: Sequence[str] | None = None, description: str | 
         numbers = value if isinstance(value, tuple | list) else [value]
         if minimum is not None and value is not None and not all(number >= minimum for number in numbers):
             raise InputError(f"{_option(name)} {value} is below {minimum}, the least that makes sense")
-    return flags(**values)
+    made = flags(**values)
+    object.__setattr__(made, "_given", frozenset(values))
+    return made
+
+
+def given(flags: Any) -> dict[str, Any]:
+    """What was given by hand or in the --config file; of flags that were not parsed, what is not their default."""
+    parsed = getattr(flags, "_given", ())
+    values = {f.name: (getattr(flags, f.name), f.default) for f in dataclasses.fields(flags)}
+    return {name: value for name, (value, default) in values.items() if name in parsed or value != default}
 
 
 def run(main: Callable[[], None]) -> None:

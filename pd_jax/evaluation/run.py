@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from pd_jax.cli import given
 from pd_jax.config import SECTION
 from pd_jax.data.squad import Context, load_squad, select, to_tokens
 from pd_jax.data.text import BadRows
@@ -223,9 +224,17 @@ def evaluate(flags: EvaluateFlags) -> Results:
     """
     console = Console()
     if flags.from_ is not None:
-        path = Path(flags.from_)
+        path, ignored = Path(flags.from_), sorted(given(flags).keys() - {"from_", "against", "dump_file"})
+        if ignored:
+            raise InputError(f"--{ignored[0].replace('_', '-')} changes nothing of --from {path}; leave it out")
         return _publish(load_results(path, flags.against), path.parent, flags.dump_file, console)
+    from pd_jax.files import claim
 
+    with claim(Path(flags.output_dir)):
+        return _evaluate(flags, console)
+
+
+def _evaluate(flags: EvaluateFlags, console: Console) -> Results:
     # Rows and their models
     specs, notes = choose_rows(flags.rows, default_models(flags.base_model, flags.ft_model, flags.sequential_model))
     names = [spec.name for spec in specs]

@@ -81,3 +81,18 @@ def raise_collected(where: Path | str, errors: list[str], shown: int = 20) -> No
     if errors:
         more = f"; and {len(errors) - shown} more" if len(errors) > shown else ""
         raise InputError(f"{where}: " + "; ".join(errors[:shown]) + more)
+
+
+def check_agreement(asked: Mapping[str, Any], stored: Mapping[str, Any], where: Path) -> None:
+    """Raise `InputError` for a flag `asked` for by hand that contradicts what is `stored` in `where`."""
+    for name, value in stored.items():
+        if name in asked and asked[name] != value:
+            shown = " ".join(map(str, asked[name])) if isinstance(asked[name], tuple) else asked[name]
+            raise InputError(f"--{name.replace('_', '-')} {shown} was given, but {where} has {value}; leave it out")
+
+
+def check_needed(asked: Mapping[str, Any], needed: str, there: Any, *names: str) -> None:
+    """Raise `InputError` for a flag of `names` that was `asked` for in vain, because `needed` is not there."""
+    ignored = [name for name in names if name in asked and not there]
+    if ignored:
+        raise InputError(f"--{ignored[0].replace('_', '-')} is for {needed}, which is not here; leave it out")

@@ -101,6 +101,16 @@ def save_adapter(
         (stage / ADAPTER_CONFIG).write_text(json.dumps(peft, indent=2) + "\n", encoding="utf-8")
 
 
+def lora_flags(lora: LoraConfig) -> dict[str, Any]:
+    """The settings of an adapter by the names of the flags that would contradict them."""
+    return {
+        "lora_r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "lora_target_modules": lora.target_modules,
+    }
+
+
 def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None) -> tuple[Params, LoraConfig]:
     """The adapters of a PEFT directory (ours or PEFT's own) for a base of `config`, float32, and their settings.
 

@@ -20,13 +20,14 @@ from pd_jax.columns import Coordinates
 from pd_jax.config import LoraConfig, ModelConfig
 from pd_jax.data.text import BadRows
 from pd_jax.errors import InputError
-from pd_jax.files import Base, load_params, save_adapter, save_model, write_run
+from pd_jax.files import Base, load_params, prove_saving, save_adapter, save_model, write_run
 from pd_jax.lora import init_adapters
+from pd_jax.machines import Trace
 from pd_jax.mesh import abstract_arrays, param_shardings, place_batch
-from pd_jax.params import Params, init_params, training_flops
+from pd_jax.params import Params, init_params, parameter_count, training_flops
 from pd_jax.sight import attention_mass
 from pd_jax.training.checkpoints import Checkpoints
-from pd_jax.training.monitor import Monitor, Trace, say
+from pd_jax.training.monitor import Monitor, say
 from pd_jax.training.processes import stop_signal
 from pd_jax.training.step import Batch, Optimisation, State, StepSettings, make_optimizer, make_step
 
@@ -56,7 +57,8 @@ class Run:
     """How long a run goes on, what it says and what it leaves behind."""
 
     output: Path
-    flags: dict[str, Any]  # as run.json keeps them
+    flags: dict[str, Any]  # as run.json keeps them, and the prints of the data by their names
+    data: dict[str, str]
     steps: int  # optimiser steps, at most
     accumulation: int  # micro-batches of a step
     rows: int  # of a step, over all micro-batches and devices
@@ -121,11 +123,14 @@ def train(
             )
 
     # -- everything that can be wrong with the call is known by now; from here on files are written
-    trace = Trace(run.profile, output / "profile")
+    trace = Trace(run.profile, output / "profile", say)
     config, lora, mesh, adapters = start.config, start.lora, start.mesh, start.adapters
     if lora is not None and adapters is None:
         adapters = init_adapters(config, lora, jax.random.key(settings.seed))
-    write_run(output, run.flags, start.base, finished=False)
+    size = parameter_count(config) if lora is None else optax.tree_utils.tree_size(adapters)
+    checkpoints = min(run.keep + 2, max(1, steps // run.save_steps))  # the best one and one on its way, too
+    prove_saving(output, 4 * size * (1 + 3 * checkpoints))  # float32; a checkpoint has two moments of each number
+    write_run(output, run.flags, start.base, run.data, finished=False)
 
     # -- step and state
     optimizer, schedule = make_optimizer(optimisation, steps)
@@ -244,7 +249,7 @@ def train(
             name, base_print = start.base.values()
             save_adapter(output, state["trained"], lora, config, base=name, base_print=base_print)
         door = "" if lora is not None else door_line(config, state["trained"])
-    write_run(output, run.flags, start.base, finished=True)
+    write_run(output, run.flags, start.base, run.data, finished=True)
     skipped = "" if bad is None else bad.summary()
     say(f"finished {step} steps; the {'model' if lora is None else 'adapter'} is in {output}{skipped}{door}")
 

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from pd_jax.errors import InputError
 from pd_jax.files import keep_metrics
 from pd_jax.machines import peak_flops
 from pd_jax.training.step import Metrics
@@ -114,30 +113,3 @@ class Monitor:
             + f"{record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.1%}  "
             f"used {record['token_utilisation']:.0%}  left {left}"
         )
-
-
-class Trace:
-    """Writes a profiler trace of steps FIRST..LAST (`--profile FIRST:LAST`) for TensorBoard or Perfetto."""
-
-    def __init__(self, wanted: str | None, directory: Path) -> None:
-        self.directory, self.on = directory, False
-        self.first, self.last = (0, 0) if wanted is None else self.parse(wanted)
-
-    @staticmethod
-    def parse(wanted: str) -> tuple[int, int]:
-        first, colon, last = wanted.partition(":")
-        if not (colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-            raise InputError(f"--profile {wanted}: give the first and the last step, as 10:12")
-        return int(first), int(last)
-
-    def before(self, step: int) -> None:
-        if step == self.first:
-            jax.profiler.start_trace(str(self.directory))
-            self.on = True
-
-    def after(self, step: int, result: Any) -> None:
-        if self.on and step >= self.last:
-            jax.block_until_ready(result)
-            jax.profiler.stop_trace()
-            self.on = False
-            say(f"the trace of steps {self.first} to {step} is in {self.directory}")
