@@ -80,7 +80,7 @@ def _coerce(value: Any, kind: type, many: bool, name: str) -> Any:
     if isinstance(value, bool) == (kind is bool) and not isinstance(value, list | dict):
         try:
             number = kind(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
         else:
             if kind is not int or number == float(value):
@@ -93,7 +93,7 @@ def _read_yaml(path: str, fields: dict[str, dataclasses.Field], hints: dict[str,
         raise InputError(f"--config {path}: no such file")
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise InputError(f"--config {path} holds {type(loaded).__name__}; write one `flag: value` a line")
@@ -150,7 +150,16 @@ def parse(flags: type[T], argv: Sequence[str] | None = None, description: str | 
         numbers = value if isinstance(value, tuple | list) else [value]
         if minimum is not None and value is not None and not all(number >= minimum for number in numbers):
             raise InputError(f"{_option(name)} {value} is below {minimum}, the least that makes sense")
-    return flags(**values)
+    made = flags(**values)
+    object.__setattr__(made, "_given", frozenset(values))
+    return made
+
+
+def given(flags: Any) -> dict[str, Any]:
+    """What was given by hand or in the --config file; of flags that were not parsed, what is not their default."""
+    parsed = getattr(flags, "_given", ())
+    values = {f.name: (getattr(flags, f.name), f.default) for f in dataclasses.fields(flags)}
+    return {name: value for name, (value, default) in values.items() if name in parsed or value != default}
 
 
 def run(main: Callable[[], None]) -> None:

@@ -28,11 +28,15 @@ Objective = Literal["answers", "all"]
 
 @dataclass(frozen=True)
 class Sample:
-    """A shared background and the prompts that unfold after it, as text."""
+    """A shared background and the prompts that unfold after it, as text.
+
+    chat_markup: control tokens that the texts spell (`<|im_start|>`) are meant; else they are text like any other.
+    """
 
     background: str
     branches: Sequence[str]
     visibility: Visibility | None = None  # None: that of the decoder
+    chat_markup: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.branches, str):

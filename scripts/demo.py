@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pd_jax.cli import flag, parse, run
+from pd_jax.cli import flag, given, parse, run
 from pd_jax.config import Align, Visibility
 from pd_jax.errors import InputError
 
@@ -136,6 +136,8 @@ def main() -> None:
     from pd_jax import SamplingParams  # after parsing: --help does not wait
 
     # What can be wrong with the flags is found before the model is read.
+    if "temperature" in given(flags) and not flags.do_sample:
+        raise InputError(f"--temperature {flags.temperature} is for --do-sample; pass both, or leave it out")
     asked = samples(flags)
     params = SamplingParams(
         max_new_tokens=flags.max_new_tokens,

@@ -94,7 +94,9 @@ def make_start(flags: Flags, out: Path) -> Path:
     if (start / "config.json").is_file():
         return start
     with stage(out, "tokenizer"):
-        tokenizer = train_tokenizer((row["text"] for row in load_documents(str(flags.web))), flags.vocabulary)
+        tokenizer = train_tokenizer(
+            (row["text"] for row in load_documents(str(flags.web)) if row["text"]), flags.vocabulary
+        )
     config = ModelConfig(
         vocab_size=len(tokenizer),
         hidden_size=flags.hidden_size,

@@ -16,6 +16,7 @@ from absl import flags
 
 from pd_jax.config import VISIBILITIES, Align, Visibility
 from pd_jax.data.fineweb import Documents, branch_sample
+from pd_jax.data.text import BadRows
 from pd_jax.errors import InputError
 from pd_jax.layout import Layout, Objective, TokenSample, build_layout, pack
 
@@ -53,20 +54,20 @@ def draw_visibility(sample: TokenSample, shares: Sequence[float], seed: int) -> 
 
 
 class _Stream(grain.IterDataset):
-    """A streamed `datasets` data set as a grain source whose position can be saved."""
+    """A streamed `datasets` data set as a grain source whose position can be saved, the count of bad rows with it."""
 
-    def __init__(self, documents: datasets.IterableDataset) -> None:
+    def __init__(self, documents: datasets.IterableDataset, bad: BadRows) -> None:
         super().__init__()
-        self._documents = documents
+        self._documents, self._bad = documents, bad
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _StreamIterator(self._documents)
+        return _StreamIterator(self._documents, self._bad)
 
 
 class _StreamIterator(grain.DatasetIterator):
-    def __init__(self, documents: datasets.IterableDataset) -> None:
+    def __init__(self, documents: datasets.IterableDataset, bad: BadRows) -> None:
         super().__init__()
-        self._documents, self._rows = documents, None
+        self._documents, self._bad, self._rows = documents, bad, None
 
     def __next__(self) -> dict[str, Any]:
         if self._rows is None:
@@ -74,10 +75,11 @@ class _StreamIterator(grain.DatasetIterator):
         return next(self._rows)
 
     def get_state(self) -> dict[str, Any]:
-        return self._documents.state_dict()
+        return {**self._documents.state_dict(), "bad_rows": self._bad.count}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._documents.load_state_dict(state)
+        self._bad.count = state.get("bad_rows", 0)
+        self._documents.load_state_dict({key: value for key, value in state.items() if key != "bad_rows"})
         self._rows = None
 
 
@@ -122,10 +124,12 @@ def pretrain_batches(
     rows_per_step: int,
     workers: int = 0,
     epochs: int | None = None,
+    bad: BadRows | None = None,
 ) -> grain.DatasetIterator:
     """Batches of `rows_per_step` rows (over all processes), each of `branch_count` segments; endless without `epochs`.
 
-    A streamed data set is read once, in windows of shuffled segments, by every process in full.
+    A streamed data set is read once, in windows of shuffled segments, by every process in full; `bad` counts its rows
+    that are left out, and the position that is saved holds the count.
     """
 
     def row(group: Sequence[dict[str, Any]]) -> RowArrays:
@@ -133,7 +137,7 @@ def pretrain_batches(
 
     if isinstance(segments, datasets.IterableDataset):
         stream = grain.experimental.WindowShuffleIterDataset(
-            _Stream(segments), window_size=SHUFFLE_WINDOW, seed=settings.seed
+            _Stream(segments, bad or BadRows()), window_size=SHUFFLE_WINDOW, seed=settings.seed
         )
         stream = stream.batch(branch_count, drop_remainder=True, batch_fn=row)
         share = grain.sharding.ShardByJaxProcess()

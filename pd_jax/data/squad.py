@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pd_jax.errors import InputError
+from pd_jax.data.text import BadRows, tokenise
+from pd_jax.errors import InputError, check_text
 from pd_jax.layout import Branch, Sample, TokenSample, fit
 
 OFFICIAL_URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset/{}-v1.1.json"
@@ -21,7 +22,7 @@ OFFICIAL_FILES = {"train": "train", "validation": "dev"}  # split -> file name, 
 SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
 ADVICE = "pass a local SQuAD file (.json, .json.gz, .jsonl, .jsonl.gz or .parquet) as --dataset-name"
 
-Located = tuple[str, dict[str, Any]]  # where a row stands (for messages) and the row in the hub's layout
+Located = tuple[str, Any]  # where a row stands (for messages), and the row or the `InputError` that reading it raised
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,14 @@ class Context:
     questions: tuple[Question, ...]
 
 
-def load_squad(name: str, split: str = "train", local_files_only: bool = False) -> list[Context]:
+def load_squad(
+    name: str, split: str = "train", local_files_only: bool = False, bad: BadRows | None = None
+) -> list[Context]:
     """All contexts of `name`: a local file, a local copy of a hub repository, or a hub id; in the data's order.
 
-    A local file is one split; `split` is ignored then. Raises `InputError` for a path that is not there, a file that is
-    not SQuAD data (which key is missing where), an empty question or answer (with its id), or an unreachable hub.
+    A local file is one split; `split` is ignored then. `bad` counts questions that cannot be used, where it skips them.
+    Raises `InputError` for a path that is not there, a file that is not SQuAD data (which key is missing where), a
+    question or an answer that is empty or no text (with its row and id), or an unreachable hub.
     """
     path = Path(name)
     if path.is_file():
@@ -55,7 +59,7 @@ def load_squad(name: str, split: str = "train", local_files_only: bool = False) 
         raise InputError(f"{name} does not exist; {ADVICE}")
     else:
         rows = _hub_rows(name, split, local_files_only)
-    contexts = _group(rows)
+    contexts = _group(rows, bad or BadRows())
     if not contexts:
         raise InputError(f"{name} has no questions; {ADVICE}")
     return contexts
@@ -93,11 +97,11 @@ def to_sample(context: Context) -> Sample:
 def to_tokens(context: Context, tokenizer: Any, end: int) -> TokenSample:
     """The context, its questions and their first gold answers as ids; the pieces are tokenised one by one."""
 
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    def branch(question: Question) -> Branch:
+        answer = tokenise(tokenizer, answer_text(question.answers[0]))
+        return Branch(tokenise(tokenizer, prompt_text(question)), answer, end)
 
-    branches = [Branch(ids(prompt_text(q)), ids(answer_text(q.answers[0])), end) for q in context.questions]
-    return TokenSample(ids(background_text(context)), branches)
+    return TokenSample(tokenise(tokenizer, background_text(context)), [branch(q) for q in context.questions])
 
 
 def fitted_samples(
@@ -122,49 +126,67 @@ def fitted_samples(
     )
 
 
-def _get(value: Any, key: str, kind: type, where: str) -> Any:
+def _get(value: Any, key: str, kind: Any, where: str) -> Any:
     """value[key], checked. `where` names the file and the place in it."""
     if not isinstance(value, dict) or key not in value:
         found = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise InputError(f"{where} has no {key!r} (found: {found}); this is not SQuAD data; {ADVICE}")
     if not isinstance(value[key], kind):
-        raise InputError(f"{where}: {key!r} is {type(value[key]).__name__}, not {kind.__name__}; {ADVICE}")
+        wanted = getattr(kind, "__name__", kind)
+        raise InputError(f"{where}: {key!r} is {type(value[key]).__name__}, not {wanted}; {ADVICE}")
     return value[key]
 
 
-def _group(rows: Iterable[Located]) -> list[Context]:
+def _group(rows: Iterable[Located], bad: BadRows) -> list[Context]:
     """Rows with the same context text become one `Context`, in order of first appearance."""
     titles: dict[str, str] = {}
     questions: dict[str, list[Question]] = {}
     for where, row in rows:
-        identity = str(row.get("id", where)) if isinstance(row, dict) else where
-        context = _get(row, "context", str, where).strip()
-        question = _get(row, "question", str, where).strip()
-        texts = _get(_get(row, "answers", dict, where), "text", list, f"{where}.answers")
-        answers = tuple(str(text).strip() for text in texts)
-        if not question:
-            raise InputError(f"{where}: question {identity!r} is empty; remove it from the data")
-        if not answers or not all(answers):
-            raise InputError(
-                f"{where}: question {identity!r} has {'an empty answer' if answers else 'no answer'}; every question "
-                "needs answers (unanswerable questions, as in SQuAD 2.0, are not supported)"
-            )
-        titles.setdefault(context, str(row.get("title", "")))
-        questions.setdefault(context, []).append(Question(identity, question, answers))
+        try:
+            title, context, question = _question(where, row)
+        except InputError as error:
+            bad.meet(error)
+            continue
+        titles.setdefault(context, title)
+        questions.setdefault(context, []).append(question)
     return [Context(titles[text], text, tuple(asked)) for text, asked in questions.items()]
 
 
+def _question(where: str, row: Any) -> tuple[str, str, Question]:
+    """Title, context and question of a row; its answers as the hub or as the official file nests them."""
+    if isinstance(row, InputError):
+        raise row
+    answers = _get(row, "answers", dict | list, where)
+    if isinstance(answers, dict):
+        given = _get(answers, "text", list, f"{where}.answers")
+    else:
+        given = [_get(answer, "text", object, f"{where}.answers[{i}]") for i, answer in enumerate(answers)]
+    identity = row.get("id", where)
+    if not isinstance(identity, int) or isinstance(identity, bool):  # a number names a question as well as text does
+        check_text(identity, f"{where}: 'id'")
+    named = f"{where}: question {str(identity)!r}"
+    title = check_text(row.get("title", ""), f"{named}: 'title'")
+    context = check_text(_get(row, "context", object, where), f"{named}: 'context'").strip()
+    text = check_text(_get(row, "question", object, where), f"{named}: 'question'").strip()
+    texts = tuple(check_text(answer, f"{named}: an answer").strip() for answer in given)
+    if not text:
+        raise InputError(f"{named} is empty; remove it from the data")
+    if not texts or not all(texts):
+        raise InputError(
+            f"{named} has {'an empty answer' if texts else 'no answer'}; every question needs answers (unanswerable "
+            "questions, as in SQuAD 2.0, are not supported)"
+        )
+    return title, context, Question(str(identity), text, texts)
+
+
 def _article_rows(articles: list[Any], source: str) -> Iterator[Located]:
-    """The official nested layout as flat rows."""
+    """The official nested layout as rows."""
     for a, article in enumerate(articles):
         for p, paragraph in enumerate(_get(article, "paragraphs", list, f"{source}: data[{a}]")):
             place = f"{source}: data[{a}].paragraphs[{p}]"
-            context = _get(paragraph, "context", str, place)
+            above = {"title": article.get("title", ""), "context": _get(paragraph, "context", object, place)}
             for q, qa in enumerate(_get(paragraph, "qas", list, place)):
-                where = f"{place}.qas[{q}]"
-                answers = _get(qa, "answers", list, where)
-                texts = [_get(answer, "text", str, f"{where}.answers[{i}]") for i, answer in enumerate(answers)]
-                yield where, {**qa, "title": article.get("title", ""), "context": context, "answers": {"text": texts}}
+                yield f"{place}.qas[{q}]", {**qa, **above} if isinstance(qa, dict) else qa
 
 
 def _file_rows(path: Path) -> Iterable[Located]:
@@ -183,12 +205,20 @@ def _file_rows(path: Path) -> Iterable[Located]:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
         if ".jsonl" in path.suffixes:
-            return _numbered([json.loads(line) for line in text.split("\n") if line.strip()], str(path))
+            return _numbered([_json_line(line) for line in text.split("\n") if line.strip()], str(path))
         return _json_rows(json.loads(text), str(path))
-    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, zlib.error, EOFError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path} is not readable as {'JSON lines' if '.jsonl' in path.name else 'JSON'}: {error}"
         ) from None
+
+
+def _json_line(line: str) -> Any:
+    """What a line of JSON lines holds, or what is wrong with it."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return InputError(f"not JSON: {error}")
 
 
 def _json_rows(content: Any, source: str) -> Iterable[Located]:
@@ -199,7 +229,9 @@ def _json_rows(content: Any, source: str) -> Iterable[Located]:
 
 
 def _numbered(rows: Iterable[Any], source: str) -> Iterator[Located]:
-    return ((f"{source}: row {i}", row) for i, row in enumerate(rows))
+    for i, row in enumerate(rows):
+        where = f"{source}: row {i}"
+        yield where, InputError(f"{where} is {row}") if isinstance(row, InputError) else row
 
 
 def _hub_rows(name: str, split: str, local_files_only: bool) -> Iterable[Located]:

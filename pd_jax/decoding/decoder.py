@@ -27,11 +27,13 @@ from pd_jax.config import (
     Visibility,
     check_choice,
 )
+from pd_jax.data.text import check_ids, check_sample, tokenise
 from pd_jax.decoding.answers import Columns, Event, Result, Transcript
 from pd_jax.decoding.prompts import SMALLEST_ROW, Prompt, branch_limits, make_prompt, row_visibility
 from pd_jax.decoding.sampling import Method, SamplingOptions, SamplingParams
 from pd_jax.decoding.steps import (
     BLOCK,
+    BROKEN,
     Program,
     cache_bytes,
     decode_block,
@@ -42,7 +44,7 @@ from pd_jax.decoding.steps import (
     unstack,
 )
 from pd_jax.errors import InputError
-from pd_jax.files import find_model, load_adapter, load_config, load_eos_ids, load_params, load_tokenizer
+from pd_jax.files import check_rows, find_model, load_adapter, load_config, load_eos_ids, load_params, load_tokenizer
 from pd_jax.layout import Branch, Layout, Sample, TokenSample, bucket, build_layout
 from pd_jax.lora import merge_kernel
 from pd_jax.mesh import check_model, decoding_shardings, param_shardings
@@ -114,6 +116,7 @@ class ParallelDecoder:
         if mesh is not None:
             self.weights = jax.device_put(self.weights, decoding_shardings(config, mesh))
         # A model has more rows than its tokenizer has tokens; the rows beyond were never trained.
+        check_rows(tokenizer, config.vocab_size)
         known = set(tokenizer.get_vocab().values())
         self._allowed = jnp.array([i in known for i in range(config.vocab_size)])
 
@@ -139,7 +142,7 @@ class ParallelDecoder:
         extra = None if adapter is None else find_model(str(adapter), local_files_only)
         config = load_config(directory, pair_indices, extra)
         _check_mesh(config, mesh)
-        tokenizer = load_tokenizer(directory)
+        tokenizer = load_tokenizer(directory, config.vocab_size)
         eos_ids = load_eos_ids(directory, tokenizer)
         shardings = None if mesh is None else param_shardings(config, mesh)
         params = load_params(directory, config, jnp.dtype(dtype), shardings=shardings)
@@ -259,6 +262,7 @@ class ParallelDecoder:
         given = set(layout.keys())
         shape = np.shape(layout["tokens"])
         arrays = {name: np.asarray(layout[name]) for name in ("tokens", "branch", "column", "segment", "valid")}
+        check_ids(arrays["tokens"], self.config.vocab_size, "the layout's tokens")
         kind = np.asarray(layout["visibility"]) if "visibility" in given else np.full(shape, -1)
         kind = np.where(kind < 0, VISIBILITIES.index(self.visibility), kind).astype(np.int32)
         visibility: RowVisibility = VISIBILITIES[kind.flat[0]] if kind.size and (kind == kind.flat[0]).all() else MIX
@@ -273,9 +277,6 @@ class ParallelDecoder:
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _tokenise(self, samples: Sequence[Sample | TokenSample]) -> list[TokenSample]:
-        def ids(text: str) -> tuple[int, ...]:
-            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
-
         if isinstance(samples, Sample | TokenSample):
             raise InputError("samples is one sample; pass a list of samples")
         if not samples:
@@ -283,11 +284,13 @@ class ParallelDecoder:
         out = []
         for i, sample in enumerate(samples):
             if isinstance(sample, Sample):
+                ids = partial(tokenise, self.tokenizer, chat_markup=sample.chat_markup)
                 branches = [Branch(ids(text)) for text in sample.branches]
                 sample = TokenSample(ids(sample.background), branches, sample.visibility)
             empty = [b for b, branch in enumerate(sample.branches) if not len(branch.prompt)]
             if empty or not sample.branches:
                 raise InputError(f"sample {i}: " + (f"prompts {empty} have no tokens" if empty else "no branches"))
+            check_sample(sample, self.config.vocab_size, f"sample {i}")
             out.append(sample)
         return out
 
@@ -334,6 +337,11 @@ class ParallelDecoder:
         with self._on_mesh():
             state, token = prefill(self.weights, controls, prompt, program=program, room=room)
         columns = np.asarray(token)[None]
+        for r, b in np.argwhere(columns[0] == BROKEN):
+            raise InputError(
+                f"sample {r}, branch {b}: the logits behind its prompt are NaN or infinite; the weights or the adapter "
+                f"are damaged, or dtype {self.dtype} is too narrow for them"
+            )
         count = 0  # columns chosen; all but the last have been fed
         while True:
             for column, chosen in enumerate(columns, start=count):

@@ -30,6 +30,7 @@ from pd_jax.model import block, head, rms_norm
 from pd_jax.params import PROJECTIONS, Params
 from pd_jax.sight import watching
 
+BROKEN = -2  # in the place of a token
 BLOCK = 32  # columns decoded per jitted call; also the first cache size, in columns
 
 
@@ -279,9 +280,10 @@ def start(weights: Params, program: Program, prompt: Prompt, seed: Array, room: 
 
 @partial(jax.jit, static_argnames=("program", "room"))
 def prefill(weights: Params, controls: Controls, prompt: Prompt, *, program: Program, room: int) -> tuple[State, Array]:
-    """`start`, and the first token of every branch."""
+    """`start`, and the first token of every branch; BROKEN where its logits are not finite."""
     state, scores = start(weights, program, prompt, controls.seed, room)
-    return choose(program, controls, state, scores)
+    state, token = choose(program, controls, state, scores)
+    return state, jnp.where(jnp.isfinite(scores).all(-1) | (prompt.limit == 0), token, BROKEN)
 
 
 @partial(jax.jit, static_argnames=("program",), donate_argnames=("state",))

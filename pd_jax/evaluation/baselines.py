@@ -6,10 +6,12 @@ the vocabulary of our rows (rows that the tokenizer does not have are never chos
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pd_jax.data.squad import Context, background_text, to_tokens
+from pd_jax.data.text import tokenise
 from pd_jax.errors import InputError
 
 
@@ -50,6 +52,9 @@ class Transformers:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(directory), dtype=getattr(torch, dtype), local_files_only=True
         )
+        for name, weight in model.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise InputError(f"{directory}: {name} holds NaN or infinity; it is damaged, or training has diverged")
         unknown = sorted(set(range(model.config.vocab_size)) - set(tokenizer.get_vocab().values()))
         # Set on the model: what its own generation_config says (sampling, temperature) must not be mixed in.
         model.generation_config = transformers.GenerationConfig(
@@ -110,8 +115,7 @@ class Transformers:
         """
         from transformers import DynamicCache
 
-        def encode(text: str) -> list[int]:
-            return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        encode = partial(tokenise, self._tokenizer)
 
         ids, ended, forwards, prefill = [], [], 0, 0
         for context in contexts:

@@ -37,6 +37,7 @@ class EvaluateFlags:
     max_branches: int = flag(3, "at most this many questions a context, beside the background", group=DATA, minimum=1)
     min_questions: int = flag(2, "contexts with fewer questions are left out", group=DATA, minimum=1)
     max_eval_samples: int = flag(64, "contexts", group=DATA, minimum=1)
+    skip_bad_rows: bool = flag(False, "leave out questions without usable text, and count them", group=DATA)
     metric: Metric = flag("squad", "squad: words, English; cmrc: characters, Chinese", group=DATA)
     max_new_tokens: int = flag(32, "tokens an answer, at most", group=RUN, minimum=1)
     batch_size: int = flag(

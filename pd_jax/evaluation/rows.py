@@ -72,14 +72,19 @@ def write_text(path: Path, text: str) -> None:
 def read_predictions(path: Path, settings: Settings) -> list[Record]:
     """The records that an interrupted run left at `path`; a last line that was cut off is dropped.
 
-    Raises `InputError` when they were made with other `settings`, naming those that differ.
+    Raises `InputError` when they were made with other `settings`, naming those that differ, and for a file of anything
+    else.
     """
     lines: list[Any] = []
     if path.is_file():
-        with suppress(json.JSONDecodeError):
-            for line in path.read_text(encoding="utf-8").split("\n"):
+        with suppress(ValueError, RecursionError):
+            for line in path.read_bytes().split(b"\n"):
                 lines.append(json.loads(line))
     made = lines[0] if lines else settings
+    if not isinstance(made, dict) or any(
+        not isinstance(x, dict) or Record.__annotations__.keys() - x for x in lines[1:]
+    ):
+        raise InputError(f"{path} holds something else than predictions; use another --output-dir, or delete the file")
     differ = [f"{key} {made.get(key)!r} (now {value!r})" for key, value in settings.items() if made.get(key) != value]
     if differ:
         raise InputError(f"{path} was made with {', '.join(differ)}; use another --output-dir, or delete the file")

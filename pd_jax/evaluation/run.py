@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from pd_jax.cli import given
 from pd_jax.config import SECTION
 from pd_jax.data.squad import Context, load_squad, select, to_tokens
+from pd_jax.data.text import BadRows
 from pd_jax.errors import InputError
 from pd_jax.evaluation.flags import EvaluateFlags
 from pd_jax.evaluation.look import look_once, sight_line
@@ -52,7 +54,7 @@ def find_shared(sources: "Mapping[RowSpec, ModelSource]", conditions: Conditions
     """
     from pd_jax.files import load_config, load_eos_ids, load_tokenizer, read_config_json
 
-    notes, most = [], []
+    notes, most, tokenizers = [], [], {}
     otherwise: dict[str, list[str]] = {}
     for spec, source in sources.items():
         way = spec.way
@@ -60,13 +62,13 @@ def find_shared(sources: "Mapping[RowSpec, ModelSource]", conditions: Conditions
         pairs = () if plain else None if way.hf else conditions.pair_indices
         config = load_config(source.model, pairs, source.adapter)
         most.append(config.max_position_embeddings)
+        tokenizers[source.model] = load_tokenizer(source.model, config.vocab_size)
         if way.visibility is not None:
             align = way.align(config, conditions.align)
             if config.trained_otherwise(way.visibility, align):
                 trained = f"{source.adapter or source.model} was trained with visibility {config.visibility}, align"
                 otherwise.setdefault(f"{trained} {config.align}", []).append(f"{spec.name} ({way.visibility}, {align})")
     notes += [f"{trained}; other rows: {', '.join(rows)}" for trained, rows in otherwise.items()]
-    tokenizers = {source.model: load_tokenizer(source.model) for source in sources.values()}
     first, tokenizer = next(iter(tokenizers.items()))
     for directory, other in tokenizers.items():
         if other.get_vocab() != tokenizer.get_vocab():
@@ -196,7 +198,9 @@ def load_results(path: Path, against: str | None = None) -> Results:
             raise InputError(f"--against {against} is not a row of {path}: {' '.join(results['rows'])}")
         results["flags"]["against"] = against or results["flags"]["against"]
         results["summary"] = summarize(results)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise InputError(f"--from {path} is not a results.json of this script ({error!r})") from None
     return results
 
@@ -204,7 +208,7 @@ def load_results(path: Path, against: str | None = None) -> Results:
 # The whole ------------------------------------------------------------------------------------------------------------
 
 
-def _publish(results: Results, directory: Path, dump_file: str | None, console: Console) -> Results:
+def _publish(results: Results, directory: Path, dump_file: str | None, console: Console, skipped: str = "") -> Results:
     """Write the report and the dump, print the table."""
     write_report(results, directory / "report.html")
     if dump_file is not None:
@@ -212,7 +216,7 @@ def _publish(results: Results, directory: Path, dump_file: str | None, console: 
     print_table(results["summary"], console)
     for name, sight in results.get("sight", {}).items():
         console.print(sight_line(name, sight), soft_wrap=True, markup=False)
-    console.print(f"written: {directory}/report.html, results.json, predictions-ROW.jsonl", soft_wrap=True)
+    console.print(f"written: {directory}/report.html, results.json, predictions-ROW.jsonl{skipped}", soft_wrap=True)
     return results
 
 
@@ -223,9 +227,17 @@ def evaluate(flags: EvaluateFlags) -> Results:
     """
     console = Console()
     if flags.from_ is not None:
-        path = Path(flags.from_)
+        path, ignored = Path(flags.from_), sorted(given(flags).keys() - {"from_", "against", "dump_file"})
+        if ignored:
+            raise InputError(f"--{ignored[0].replace('_', '-')} changes nothing of --from {path}; leave it out")
         return _publish(load_results(path, flags.against), path.parent, flags.dump_file, console)
+    from pd_jax.files import claim
 
+    with claim(Path(flags.output_dir)):
+        return _evaluate(flags, console)
+
+
+def _evaluate(flags: EvaluateFlags, console: Console) -> Results:
     # Rows and their models
     specs, notes = choose_rows(flags.rows, default_models(flags.base_model, flags.ft_model, flags.sequential_model))
     names = [spec.name for spec in specs]
@@ -244,7 +256,8 @@ def evaluate(flags: EvaluateFlags) -> Results:
     notes += more
 
     # Questions
-    contexts = load_squad(flags.dataset_name, flags.dataset_split, flags.local_files_only)
+    bad = BadRows(flags.skip_bad_rows)
+    contexts = load_squad(flags.dataset_name, flags.dataset_split, flags.local_files_only, bad)
     contexts = select(contexts, flags.max_branches, flags.min_questions, flags.max_eval_samples)
     check_lengths(contexts, shared, conditions.max_new_tokens)
     for note in notes:
@@ -289,4 +302,4 @@ def evaluate(flags: EvaluateFlags) -> Results:
     }
     results: Results = {**recorded, "summary": summarize(recorded)}
     write_json(Path(flags.output_dir) / "results.json", results)
-    return _publish(results, Path(flags.output_dir), flags.dump_file, console)
+    return _publish(results, Path(flags.output_dir), flags.dump_file, console, bad.summary())

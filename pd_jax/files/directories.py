@@ -1,6 +1,7 @@
 """Reading a model directory: its configuration, its tokenizer, what ends an answer, and its weights."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Sequence
 from functools import cache
@@ -22,7 +23,7 @@ from pd_jax.params import SIBLING_BIAS_START, Params
 
 log = logging.getLogger(__name__)
 
-TRAINED_AS = ("visibility", "align")  # an adapter's own win over its base's  # an adapter's own win over its base's
+TRAINED_AS = ("visibility", "align")  # an adapter's own win over its base's
 
 
 def load_config(directory: Path, pair_indices: Sequence[int] | None = None, adapter: Path | None = None) -> ModelConfig:
@@ -54,29 +55,56 @@ def _say_assumed(name: str) -> None:
     log.warning("%s does not say how it was trained; taken as visibility columns, align left", name)
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """The directory's fast tokenizer. Raises `InputError` when its files are missing."""
+def load_tokenizer(directory: Path, rows: int | None = None) -> Any:
+    """The directory's fast tokenizer, for a model with so many rows of embeddings, if given.
+
+    Raises `InputError` when its files are missing or damaged, and when it has tokens beyond the rows.
+    """
     if not (directory / "tokenizer.json").is_file() and not (directory / "vocab.json").is_file():
         raise InputError(f"{directory} has no tokenizer (tokenizer.json); copy the base model's tokenizer files there")
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise anything, from KeyError to a bare Exception
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise InputError(
             f"{directory}: its tokenizer cannot be read ({reason}); copy the base model's tokenizer files there again"
         ) from None
+    if rows is not None:
+        check_rows(tokenizer, rows, str(directory))
+    return tokenizer
+
+
+def check_rows(tokenizer: Any, rows: int, name: str = "the model") -> None:
+    """Raise `InputError` when `tokenizer` has tokens for which a model with so many rows of embeddings has none."""
+    tokens = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if tokens > rows:
+        raise InputError(
+            f"{name}: the tokenizer has {tokens} tokens and the model {rows} rows of embeddings; use the tokenizer "
+            "that belongs to the model"
+        )
 
 
 def load_eos_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end an answer: generation_config.json's, else config.json's, else the tokenizer's."""
+    """The ids that end an answer: generation_config.json's, else config.json's, else the tokenizer's. A file that
+    names none (null, an empty list) is passed over.
+
+    Raises `InputError` when there are none, and naming the file for anything but ids that `tokenizer` knows.
+    """
     for name in ("generation_config.json", "config.json"):
         path = directory / name
-        if path.is_file():
-            ids = read_json(path).get("eos_token_id")
-            if ids is not None:
-                return tuple(ids) if isinstance(ids, list) else (ids,)
+        stated = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        known = set(tokenizer.get_vocab().values()) if ids else set()
+        wrong = [i for i in ids if not isinstance(i, int) or isinstance(i, bool) or i not in known]
+        if wrong:
+            raise InputError(
+                f"{path}: eos_token_id is {json.dumps(stated)[:80]}, and {json.dumps(wrong[0])[:40]} is no id of the "
+                f"tokenizer's {len(known)} tokens; give the ids of its end-of-sequence tokens"
+            )
+        if ids:
+            return tuple(ids)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{directory} names no end-of-sequence token; add eos_token_id to generation_config.json")
     return (tokenizer.eos_token_id,)

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from pd_jax.config import SECTION
+from pd_jax.config import SECTION, ModelConfig
 from pd_jax.files.config_json import config_to_hf
-from pd_jax.files.directories import load_config, load_params
+from pd_jax.files.directories import load_config, load_params, load_tokenizer
 from pd_jax.files.find import PARAMS, find_model, find_source, read_adapter_config, read_config_json
 from pd_jax.files.orbax import write_checkpoint
 from pd_jax.files.peft import load_adapter
@@ -24,6 +24,7 @@ def import_model(model: str, output: Path, dtype: Any = None, progress: Progress
     source = find_model(model)
     hf = read_config_json(source)
     config = load_config(source, pair_indices=None if SECTION in hf else ())
+    _check_tokenizer(source, config)
     with staging(output) as stage:
         params = load_params(source, config, dtype, progress=progress)
         write_checkpoint(stage / PARAMS, params)
@@ -50,6 +51,7 @@ def export_model(
     hf = read_config_json(source)
     columnar = SECTION in hf or (adapter is not None and SECTION in read_adapter_config(adapter))
     config = load_config(source, pair_indices=None if columnar else (), adapter=adapter)
+    _check_tokenizer(source, config)
     hf = config_to_hf(config, hf) if columnar else hf
     adapters, lora = ({}, None) if adapter is None else load_adapter(adapter, config, source)
     params = load_params(source, config, None)
@@ -61,6 +63,12 @@ def export_model(
         write_metadata(stage, hf, source, params["embed"].dtype)
         (stage / "README.md").write_text(model_card(hf), encoding="utf-8")
     return adapter or source
+
+
+def _check_tokenizer(source: Path, config: ModelConfig) -> None:
+    """Weights may be converted without a tokenizer, but not with one that needs more rows than they have."""
+    if (source / "tokenizer.json").is_file() or (source / "vocab.json").is_file():
+        load_tokenizer(source, config.vocab_size)
 
 
 def model_card(hf: dict[str, Any]) -> str:

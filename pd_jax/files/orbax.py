@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -54,9 +55,23 @@ def read_checkpoint(path: Path, config: ModelConfig, dtype: Any, shardings: Any)
     )
     try:
         with _context(target):
-            return ocp.load(str(path), target)
+            params = ocp.load(str(path), target)
     except Exception as error:
         raise InputError(f"{path} is not a readable checkpoint: {root_cause(error)}") from None
+    broken = [name for name, fine in _by_name(_finite(params)).items() if not fine]
+    if broken:
+        raise InputError(f"{path}: {broken[0]} holds NaN or infinity; it is damaged, or training has diverged")
+    return params
+
+
+@jax.jit
+def _finite(params: Params) -> Any:
+    """Whether each array holds neither NaN nor infinity; sibling_bias may be -inf: hidden."""
+
+    def one(path: Any, x: jax.Array) -> jax.Array:
+        return jnp.all(x < jnp.inf) if path[-1].key == "sibling_bias" else jnp.all(jnp.isfinite(x))
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def write_checkpoint(path: Path, params: Params) -> None:

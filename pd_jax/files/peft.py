@@ -12,32 +12,36 @@ from jax import Array
 from pd_jax.config import SECTION, LoraConfig, ModelConfig
 from pd_jax.errors import InputError
 from pd_jax.files.checks import differences, raise_collected
-from pd_jax.files.find import ADAPTER_CONFIG, fingerprint, read_adapter_config
+from pd_jax.files.find import ADAPTER_CONFIG, BASE_FINGERPRINT, fingerprint, read_adapter_config
 from pd_jax.files.safetensors import Pending, read_header, write_safetensors
 from pd_jax.files.saving import staging
 from pd_jax.lora import adapter_shapes
 from pd_jax.params import PROJECTIONS, Params
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-BASE_FINGERPRINT = "base_fingerprint"  # in our section of adapter_config.json
 
-# What PEFT can do and we cannot: the field of adapter_config.json and the values under which it changes nothing.
+# Fields of adapter_config.json that are read, or decide nothing once the adapter is trained: its tensors say which
+# modules and layers they are for.
+READ = {
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "base_model_name_or_path", SECTION),
+    *("target_modules", "exclude_modules", "layers_pattern", "inference_mode", "auto_mapping", "peft_version"),
+    *("eva_config", "qalora_group_size", "runtime_config"),
+}
+# The values under which the others change nothing, where they are not the usual ones.
+NOTHING: tuple[Any, ...] = (None, False, [], {})
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
+    "task_type": (None, "CAUSAL_LM"),
+    "revision": (None, "main"),
     "bias": ("none",),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "layers_to_transform": (None, []),
-    "layer_replication": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "alora_invocation_tokens": (None, []),
-    "use_qalora": (False, None),
+    "megatron_core": (None, "megatron.core"),
+    # The others (pissa, olora, corda, loftq, lora_ga ...) begin by changing the base.
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
 }
+
+
+def _changes_nothing(field: str, value: Any) -> bool:
+    return any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL.get(field, NOTHING))
 
 
 def _tensor_name(layer: int, name: str, part: str) -> str:
@@ -97,6 +101,16 @@ def save_adapter(
         (stage / ADAPTER_CONFIG).write_text(json.dumps(peft, indent=2) + "\n", encoding="utf-8")
 
 
+def lora_flags(lora: LoraConfig) -> dict[str, Any]:
+    """The settings of an adapter by the names of the flags that would contradict them."""
+    return {
+        "lora_r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "lora_target_modules": lora.target_modules,
+    }
+
+
 def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None) -> tuple[Params, LoraConfig]:
     """The adapters of a PEFT directory (ours or PEFT's own) for a base of `config`, float32, and their settings.
 
@@ -119,10 +133,10 @@ def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None)
     ]
     errors += [
         f"{field} is {peft[field]!r}, which only PEFT can do; merge the adapter with PEFT first"
-        for field, values in NEUTRAL.items()
-        if field in peft and peft[field] not in values
+        for field in peft
+        if field not in READ and not _changes_nothing(field, peft[field])
     ]
-    errors += [f"{field} is missing" for field in ("r", "lora_alpha") if field not in peft]
+    errors += [f"{field} is missing" for field in ("r", "lora_alpha") if peft.get(field) is None]
     raise_collected(directory / ADAPTER_CONFIG, errors)
     if not (directory / ADAPTER_WEIGHTS).is_file():
         raise InputError(f"{directory} has no {ADAPTER_WEIGHTS}; is the adapter complete?")
@@ -134,9 +148,9 @@ def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None)
     lora = LoraConfig(
         r=peft["r"],
         alpha=peft["lora_alpha"],
-        dropout=peft.get("lora_dropout", 0.0),
+        dropout=peft.get("lora_dropout") or 0.0,
         target_modules=targets,
-        rslora=peft.get("use_rslora", False),
+        rslora=bool(peft.get("use_rslora")),
     )
     shapes = adapter_shapes(config, lora)
     expected = {
@@ -148,7 +162,7 @@ def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None)
     raise_collected(directory / ADAPTER_WEIGHTS, differences(tensors, expected, "r and the base say"))
 
     def stack(name: str, part: str, shape: tuple[int, ...]) -> Array:
-        layers = [tensors[_tensor_name(layer, name, part)].read().T for layer in range(shape[0])]
+        layers = [tensors[_tensor_name(layer, name, part)].checked().T for layer in range(shape[0])]
         return jnp.asarray(np.stack(layers).reshape(shape).astype(np.float32))
 
     adapters = {name: {part: stack(name, part, s) for part, s in parts.items()} for name, parts in shapes.items()}

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from pd_jax.config import ModelConfig
 from pd_jax.errors import InputError
-from pd_jax.files.checks import differences, raise_collected, read_json
+from pd_jax.files.checks import differences, finite, raise_collected
+from pd_jax.files.find import weight_files
 from pd_jax.files.names import Entry, key_table
 from pd_jax.params import BY_NAME, Params, param_shapes, tree_of
 
@@ -50,9 +51,16 @@ class Tensor(NamedTuple):
             with safe_open(self.file, framework="np") as file:
                 yield first, file.get_slice(self.name)[first * rows_each : last * rows_each]
 
-    def read(self) -> np.ndarray:
-        """The whole tensor, in its own dtype."""
-        return np.concatenate([rows for _, rows in self.blocks()])
+    def checked(self) -> np.ndarray:
+        """The whole tensor, in its own dtype. Raises `InputError` for NaN and infinity."""
+        whole = np.concatenate([rows for _, rows in self.blocks()])
+        self.check(whole)
+        return whole
+
+    def check(self, rows: np.ndarray) -> None:
+        """Raise `InputError` when some rows of the tensor hold NaN or infinity; sibling_bias may be -inf: hidden."""
+        if not finite(rows) and not (self.name.endswith("sibling_bias") and (rows < np.inf).all()):
+            raise InputError(f"{self.file}: {self.name} holds NaN or infinity; it is damaged, or training has diverged")
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -70,17 +78,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 
 def find_tensors(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """All tensors of a model directory's `model*.safetensors`, and what is wrong with the files."""
+    """All tensors of a model directory's `weight_files`, and what is wrong with the files."""
     errors: list[str] = []
-    index = directory / "model.safetensors.index.json"
-    weight_map: dict[str, str] | None = None
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise InputError(f"{index} has no weight_map of tensor names to file names; download it again")
-        names = sorted(set(weight_map.values()))
-    else:
-        names = sorted(path.name for path in directory.glob("model*.safetensors"))
+    names, weight_map = weight_files(directory)
     tensors: dict[str, Tensor] = {}
     for name in names:
         try:
@@ -176,6 +176,7 @@ def _fill(out: np.ndarray, tensor: Tensor, entry: Entry, ranges: list[range]) ->
     groups, *rest = (ranges[axis] for axis in entry.order)
     target = out.transpose(entry.order)
     for first, rows in tensor.blocks(groups.start, groups.stop, tensor.shape[0] // shape[0]):
+        tensor.check(rows)
         place, block = first - groups.start, rows.reshape(-1, *shape[1:])
         target[place : place + len(block)] = block[(slice(None), *(slice(r.start, r.stop) for r in rest))]
 

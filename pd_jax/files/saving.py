@@ -30,25 +30,28 @@ TOKENIZER_FILES = (
 COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
 
 
-def _stage(directory: Path) -> Path:
-    return directory.parent / f".{directory.name}.partial"
+STAGE, LOCK = ".partial", ".lock"  # inside a directory that is written: what is not complete, and who writes
+
+
+def left_in(directory: Path) -> list[Path]:
+    """What `directory` holds, beside what a process that was killed may have left there."""
+    return [path for path in directory.iterdir() if path.name not in (STAGE, LOCK)]
 
 
 @contextmanager
 def staging(directory: Path, last: str = "config.json") -> Generator[Path]:
-    """A temporary sibling of `directory` to write into; it takes its place when the block ends without an error.
+    """A temporary directory inside `directory` to write into; what it holds is moved out when the block ends without an
+    error. Inside, because what lies beside may be another file system, or may not be writable.
 
-    Where `directory` exists already, the new files replace those of the same name and the rest stays: the file `last`
-    goes away first and comes last, so that what an interruption leaves behind never looks complete.
+    New files replace those of the same name and the rest stays: the file `last` goes away first and comes last, so that
+    what an interruption leaves behind never looks complete.
     """
-    stage = _stage(directory)
+    new, stage = not directory.exists(), directory / STAGE
+    directory.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
     try:
+        stage.mkdir()
         yield stage
-        if not directory.exists():
-            stage.rename(directory)
-            return
         names = sorted((path.name for path in stage.iterdir()), key=last.__eq__)
         (directory / last).unlink(missing_ok=True)
         for name in names:
@@ -57,11 +60,37 @@ def staging(directory: Path, last: str = "config.json") -> Generator[Path]:
             os.replace(stage / name, directory / name)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        if new and not any(directory.iterdir()):
+            directory.rmdir()
+
+
+def prove_saving(directory: Path, needed: int) -> None:
+    """Raise `InputError` unless `needed` bytes can be saved in `directory`, beside or in the place of what is there:
+    a small file takes the way of the model, and is read back. Only process 0 looks."""
+    if jax.process_index() != 0:
+        return
+    probe = directory / ".probe"
+    try:
+        with staging(directory, last=probe.name) as stage:
+            (stage / probe.name).write_bytes(b"pd_jax")
+        same = probe.read_bytes() == b"pd_jax"
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--output-dir {directory} cannot be written ({error}); choose another") from None
+    if not same:
+        raise InputError(f"--output-dir {directory} does not give back what was written to it; choose another")
+    there = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    free = shutil.disk_usage(directory).free
+    if free + there < needed:
+        raise InputError(
+            f"--output-dir {directory} has {free / 2**30:.2f} GiB free, and the model and its checkpoints take "
+            f"{(needed - there) / 2**30:.2f} GiB; make room, lower --keep or choose another"
+        )
 
 
 def check_new(directory: Path) -> None:
     """Raise `InputError` when a conversion would write over something."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if directory.exists() and (not directory.is_dir() or left_in(directory)):
         raise InputError(f"{directory} exists and is not empty; remove it or choose another --output")
 
 
@@ -89,7 +118,7 @@ def save_model(directory: Path, params: Params, config: ModelConfig, source: Pat
     process must call it; process 0 writes the small files.
     """
     if jax.process_index() != 0:
-        write_checkpoint(_stage(directory) / PARAMS, params)
+        write_checkpoint(directory / STAGE / PARAMS, params)
         return
     with staging(directory) as stage:
         write_checkpoint(stage / PARAMS, params)

@@ -41,6 +41,10 @@ class TrainFlags:
     attention: Backend = flag("auto", "attention backend", group=MODEL)
     local_files_only: bool = flag(False, "never ask the hub", group=MODEL)
 
+    skip_bad_rows: bool = flag(
+        False, "leave out rows of the data without usable text, and count them; else they end the run", group=DATA
+    )
+
     batch_size: int = flag(1, "rows of a micro-batch, over all devices", group=OPTIM, minimum=1)
     gradient_accumulation_steps: int = flag(1, "micro-batches an optimiser step", group=OPTIM, minimum=1)
     learning_rate: float = flag(4e-4, "peak learning rate of AdamW", group=OPTIM, minimum=0)

@@ -18,14 +18,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from pd_jax.columns import Coordinates
 from pd_jax.config import LoraConfig, ModelConfig
+from pd_jax.data.text import BadRows
 from pd_jax.errors import InputError
-from pd_jax.files import load_params, save_adapter, save_model
+from pd_jax.files import Base, load_params, prove_saving, save_adapter, save_model, write_run
 from pd_jax.lora import init_adapters
+from pd_jax.machines import Trace
 from pd_jax.mesh import abstract_arrays, param_shardings, place_batch
-from pd_jax.params import Params, init_params, training_flops
+from pd_jax.params import Params, init_params, parameter_count, training_flops
 from pd_jax.sight import attention_mass
-from pd_jax.training.checkpoints import Base, Checkpoints, write_run
-from pd_jax.training.monitor import Monitor, Trace, say
+from pd_jax.training.checkpoints import Checkpoints
+from pd_jax.training.monitor import Monitor, say
 from pd_jax.training.processes import stop_signal
 from pd_jax.training.step import Batch, Optimisation, State, StepSettings, make_optimizer, make_step
 
@@ -55,7 +57,8 @@ class Run:
     """How long a run goes on, what it says and what it leaves behind."""
 
     output: Path
-    flags: dict[str, Any]  # as run.json keeps them
+    flags: dict[str, Any]  # as run.json keeps them, and the prints of the data by their names
+    data: dict[str, str]
     steps: int  # optimiser steps, at most
     accumulation: int  # micro-batches of a step
     rows: int  # of a step, over all micro-batches and devices
@@ -103,10 +106,12 @@ def train(
     *,
     data: grain.DatasetIterator,
     held_out: Callable[[], Iterable[dict[str, np.ndarray]]] | None = None,
+    bad: BadRows | None = None,
 ) -> None:
     """Train for `run.steps` optimiser steps, or until `data` ends, and write a model directory to `run.output`.
 
-    Run again with the same flags, it resumes from its newest readable checkpoint.
+    Run again with the same flags, it resumes from its newest readable checkpoint. `bad` has counted the rows that
+    `data` left out.
     """
     output, steps, position, ahead = run.output, run.steps, data.get_state(), None
     if not (output / "checkpoints").is_dir():
@@ -118,11 +123,14 @@ def train(
             )
 
     # -- everything that can be wrong with the call is known by now; from here on files are written
-    trace = Trace(run.profile, output / "profile")
+    trace = Trace(run.profile, output / "profile", say)
     config, lora, mesh, adapters = start.config, start.lora, start.mesh, start.adapters
     if lora is not None and adapters is None:
         adapters = init_adapters(config, lora, jax.random.key(settings.seed))
-    write_run(output, run.flags, start.base, finished=False)
+    size = parameter_count(config) if lora is None else optax.tree_utils.tree_size(adapters)
+    checkpoints = min(run.keep + 2, max(1, steps // run.save_steps))  # the best one and one on its way, too
+    prove_saving(output, 4 * size * (1 + 3 * checkpoints))  # float32; a checkpoint has two moments of each number
+    write_run(output, run.flags, start.base, run.data, finished=False)
 
     # -- step and state
     optimizer, schedule = make_optimizer(optimisation, steps)
@@ -192,15 +200,22 @@ def train(
                 if held_out is None:
                     loss = float(metrics["loss"])
 
-            def save() -> None:
+            def save(position: Any) -> None:
                 """A checkpoint of now. What ranks it is the last validation loss, or without such data that of the
                 step; a state whose loss is not finite is never saved."""
                 read()
-                saved.save(step, state, data.get_state() if ahead is None else position, loss)
+                saved.save(step, state, position, loss)
 
             while step < steps and not stop.hit(step):
                 if ahead is None:
-                    position, ahead = data.get_state(), next(data, None)
+                    position = data.get_state()
+                    try:
+                        ahead = next(data, None)
+                    except InputError:  # a bad row of a stream: nothing is lost, the rerun may skip it
+                        if step > first:
+                            save(position)
+                            saved.wait()
+                        raise
                 if ahead is None:
                     say(f"the data ended after step {step} of {steps}; finishing here")
                     break
@@ -216,10 +231,10 @@ def train(
                     loss = validation[0]
                     read(validation)
                 if step % run.save_steps == 0:
-                    save()
+                    save(data.get_state())
             stopped = stop.name is not None and step < steps
             if stopped and step not in saved.steps():
-                save()
+                save(data.get_state() if ahead is None else position)
                 saved.wait()
             read()
 
@@ -234,8 +249,9 @@ def train(
             name, base_print = start.base.values()
             save_adapter(output, state["trained"], lora, config, base=name, base_print=base_print)
         door = "" if lora is not None else door_line(config, state["trained"])
-    write_run(output, run.flags, start.base, finished=True)
-    say(f"finished {step} steps; the {'model' if lora is None else 'adapter'} is in {output}{door}")
+    write_run(output, run.flags, start.base, run.data, finished=True)
+    skipped = "" if bad is None else bad.summary()
+    say(f"finished {step} steps; the {'model' if lora is None else 'adapter'} is in {output}{skipped}{door}")
 
 
 def sibling_share(config: ModelConfig, lora: LoraConfig | None, trained: Params, frozen: Params, batch: Batch) -> Array:

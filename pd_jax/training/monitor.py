@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from pd_jax.errors import InputError
-from pd_jax.machines import data_sheet
+from pd_jax.files import keep_metrics
+from pd_jax.machines import peak_flops
 from pd_jax.training.step import Metrics
 
 console = Console(soft_wrap=True, highlight=False)
@@ -25,25 +24,6 @@ def say(text: str) -> None:
     """One line for the person, from process 0 only."""
     if jax.process_index() == 0:
         console.print(text)
-
-
-def peak_flops() -> tuple[float, str]:
-    """FLOP/s of one device and where the figure is from: its data sheet, or where none is known a matrix product timed
-    here and now in float32."""
-    kind = jax.local_devices()[0].device_kind
-    machine = data_sheet(kind)
-    if machine is not None:
-        return machine.flops, f"{machine.kind} data sheet"
-    size = 1024
-    product = jax.jit(jnp.dot)
-    x = jnp.full((size, size), 1.0)
-    product(x, x).block_until_ready()
-    best = math.inf
-    for _ in range(10):
-        began = time.perf_counter()
-        product(x, x).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best, f"a {size} x {size} product timed on {kind}"
 
 
 class Monitor:
@@ -64,10 +44,7 @@ class Monitor:
         self.mine = jax.process_index() == 0
         if self.mine:
             say(f"MFU is a share of {self.peak / 1e12:,.2f} TFLOP/s: {jax.device_count()} x {origin}")
-            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-            # A line that a kill cut short has no closing brace.
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
-            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            keep_metrics(self.path, first)
             self.file = self.path.open("a", encoding="utf-8")
             self.events = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1)
         self.since, self.seen, self.tokens, self.used = time.monotonic(), first, 0.0, 0.0
@@ -136,30 +113,3 @@ class Monitor:
             + f"{record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.1%}  "
             f"used {record['token_utilisation']:.0%}  left {left}"
         )
-
-
-class Trace:
-    """Writes a profiler trace of steps FIRST..LAST (`--profile FIRST:LAST`) for TensorBoard or Perfetto."""
-
-    def __init__(self, wanted: str | None, directory: Path) -> None:
-        self.directory, self.on = directory, False
-        self.first, self.last = (0, 0) if wanted is None else self.parse(wanted)
-
-    @staticmethod
-    def parse(wanted: str) -> tuple[int, int]:
-        first, colon, last = wanted.partition(":")
-        if not (colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-            raise InputError(f"--profile {wanted}: give the first and the last step, as 10:12")
-        return int(first), int(last)
-
-    def before(self, step: int) -> None:
-        if step == self.first:
-            jax.profiler.start_trace(str(self.directory))
-            self.on = True
-
-    def after(self, step: int, result: Any) -> None:
-        if self.on and step >= self.last:
-            jax.block_until_ready(result)
-            jax.profiler.stop_trace()
-            self.on = False
-            say(f"the trace of steps {self.first} to {step} is in {self.directory}")

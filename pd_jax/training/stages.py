@@ -10,17 +10,33 @@ import jax
 import jax.numpy as jnp
 
 from pd_jax.attention import Call, check_backend
+from pd_jax.cli import given
 from pd_jax.config import MIX, LoraConfig
 from pd_jax.data import fineweb, pipeline, squad
+from pd_jax.data.prints import data_prints
+from pd_jax.data.text import BadRows
 from pd_jax.errors import InputError
-from pd_jax.files import find_model, fingerprint, load_adapter, load_config, load_eos_ids, load_tokenizer
+from pd_jax.files import (
+    check_agreement,
+    check_base,
+    check_data,
+    check_needed,
+    check_output,
+    claim,
+    find_model,
+    fingerprint,
+    load_adapter,
+    load_config,
+    load_eos_ids,
+    load_tokenizer,
+    lora_flags,
+)
 from pd_jax.layout import TokenSample
+from pd_jax.machines import Trace, start_processes
 from pd_jax.mesh import check_batch, check_model, compile_target, make_mesh
-from pd_jax.training.checkpoints import check_base, check_output
 from pd_jax.training.flags import FinetuneFlags, PretrainFlags, TrainFlags
 from pd_jax.training.loop import Run, Start, train
-from pd_jax.training.monitor import Trace, say
-from pd_jax.training.processes import start_processes
+from pd_jax.training.monitor import say
 from pd_jax.training.step import Optimisation, StepSettings
 
 PRETRAINED_BIAS_START = -2.0  # of weights that never saw columns: ajar; from 0 they unlearn, from -8 it never opens
@@ -29,12 +45,16 @@ PRETRAINED_BIAS_START = -2.0  # of weights that never saw columns: ajar; from 0 
 def pretrain(flags: PretrainFlags) -> None:
     """Columnar pretraining: web segments as branches without a background, every next token of a branch counts."""
     start_processes(flags.coordinator_address, flags.num_processes, flags.process_id)
-    if finished(flags):
-        return
+    with claim(Path(flags.output_dir)):
+        if not finished(flags):
+            _pretrain(flags)
+
+
+def _pretrain(flags: PretrainFlags) -> None:
     if flags.streaming and flags.workers:
         raise InputError(f"--workers {flags.workers} cannot share a stream; leave out --streaming or --workers")
     length = flags.branch_count * flags.seq_length
-    start, settings = prepare(flags, length)
+    start, settings, bad = *prepare(flags, length), BadRows(flags.skip_bad_rows)
     rows = row_settings(flags, start, length)
     documents = fineweb.load_documents(
         flags.dataset_name,
@@ -53,30 +73,35 @@ def pretrain(flags: PretrainFlags) -> None:
             rows_per_step=rows_per_step(flags),
             workers=flags.workers,
             epochs=epochs,
+            bad=bad,
         )
 
-    def cut(documents: fineweb.Documents) -> fineweb.Documents:
-        return fineweb.segments(documents, start.tokenizer, flags.seq_length, start.end)
+    def cut(documents: fineweb.Documents, name: str = flags.dataset_name) -> fineweb.Documents:
+        return fineweb.segments(documents, start.tokenizer, flags.seq_length, start.end, name=name, bad=bad)
 
     held_out = None
     if flags.eval_dataset_name is not None:
         name, local = flags.eval_dataset_name, flags.local_files_only
-        held_out = partial(batches, cut(fineweb.load_documents(name, max_samples=64, local_files_only=local)), 1)
+        held_out = partial(batches, cut(fineweb.load_documents(name, max_samples=64, local_files_only=local), name), 1)
         held_out()  # too few documents are refused here, not in the middle of the run
     run = run_of(flags, flags.max_steps, length)
-    train(start, run, optimisation(flags), settings, data=batches(cut(documents)), held_out=held_out)
+    train(start, run, optimisation(flags), settings, data=batches(cut(documents)), held_out=held_out, bad=bad)
 
 
 def finetune(flags: FinetuneFlags) -> None:
     """Finetuning on questions grouped by context: answer tokens and their end count."""
     start_processes(flags.coordinator_address, flags.num_processes, flags.process_id)
-    if finished(flags):
-        return
-    start, settings = prepare(flags, flags.max_length)
+    with claim(Path(flags.output_dir)):
+        if not finished(flags):
+            _finetune(flags)
+
+
+def _finetune(flags: FinetuneFlags) -> None:
+    start, settings, bad = *prepare(flags, flags.max_length), BadRows(flags.skip_bad_rows)
     rows = row_settings(flags, start, flags.max_length)
 
     def samples(name: str, split: str, limit: int | None) -> list[TokenSample]:
-        contexts = squad.load_squad(name, split, flags.local_files_only)
+        contexts = squad.load_squad(name, split, flags.local_files_only, bad)
         contexts = squad.select(contexts, flags.max_branches, flags.min_questions, limit)
         kept, line = squad.fitted_samples(contexts, start.tokenizer, start.end, flags.max_length, name)
         say(line)
@@ -110,7 +135,7 @@ def finetune(flags: FinetuneFlags) -> None:
         check_batch(size, start.mesh)
         held_out = lambda: batches(kept, size, 1)[0]  # noqa: E731
     run = run_of(flags, steps, flags.max_length)
-    train(start, run, optimisation(flags), settings, data=data, held_out=held_out)
+    train(start, run, optimisation(flags), settings, data=data, held_out=held_out, bad=bad)
 
 
 # ---------------------------------------------------------------- from flags to values
@@ -149,10 +174,13 @@ def optimisation(flags: TrainFlags) -> Optimisation:
     )
 
 
-def run_of(flags: TrainFlags, steps: int, row_length: int) -> Run:
+def run_of(flags: PretrainFlags | FinetuneFlags, steps: int, row_length: int) -> Run:
+    prints = data_prints((flags.dataset_name, flags.eval_dataset_name), flags.local_files_only)
+    check_data(Path(flags.output_dir), prints)
     return Run(
         output=Path(flags.output_dir),
         flags=plain(flags),
+        data=prints,
         steps=steps,
         accumulation=flags.gradient_accumulation_steps,
         rows=rows_per_step(flags),
@@ -182,7 +210,11 @@ def prepare(flags: TrainFlags, row_length: int) -> tuple[Start, StepSettings]:
             f"{flags.model_name} was trained with visibility {config.visibility}, align {config.align}; this run "
             f"trains it with visibility {visibility}, align {align}"
         )
-    bias = config.sibling_bias or flags.sibling_bias
+    asked, bias = given(flags), config.sibling_bias or flags.sibling_bias
+    check_agreement(asked, {"sibling_bias": True} if config.sibling_bias else {}, directory)
+    check_needed(asked, "--sibling-bias", bias, "sibling_bias_lr")
+    check_needed(asked, "--visibility mix", visibility == MIX, "mix_shares")
+    check_needed(asked, "--use-lora", flags.use_lora or adapter, *lora_flags(LoraConfig()))
     if flags.sibling_bias_start is not None and (config.sibling_bias or not bias):
         why = f"{flags.model_name} has a trained sibling_bias" if config.sibling_bias else "there is no --sibling-bias"
         raise InputError(f"--sibling-bias-start {flags.sibling_bias_start} is for a new bias, but {why}; leave it out")
@@ -190,12 +222,7 @@ def prepare(flags: TrainFlags, row_length: int) -> tuple[Start, StepSettings]:
     if bias_start is None:
         bias_start = 0.0 if flags.random_init or config.visibility is not None else PRETRAINED_BIAS_START
     config = dataclasses.replace(config, sibling_bias=bias, visibility=visibility, align=align)
-    tokenizer = load_tokenizer(directory)
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"{directory}: the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size} rows; "
-            "use the tokenizer that belongs to the model"
-        )
+    tokenizer = load_tokenizer(directory, config.vocab_size)
     eos = load_eos_ids(directory, tokenizer)
     mesh = make_mesh(*flags.mesh)
     check_model(config, mesh)
@@ -203,6 +230,7 @@ def prepare(flags: TrainFlags, row_length: int) -> tuple[Start, StepSettings]:
     adapters = lora = None
     if adapter is not None:
         adapters, lora = load_adapter(adapter, config, directory)  # rank and scale are those of the adapter
+        check_agreement(asked, lora_flags(lora), adapter)
     elif flags.use_lora:
         lora = LoraConfig(flags.lora_r, flags.lora_alpha, flags.lora_dropout, flags.lora_target_modules)
     if lora is not None and flags.sibling_bias:

@@ -16,7 +16,7 @@ from runs import ROOT, curve, finetune_flags, launch, metrics, pretrain_flags, w
 
 from pd_jax.files import load_adapter, load_config, load_params
 from pd_jax.lora import merge
-from pd_jax.training.processes import on_tpu_vm, start_processes
+from pd_jax.machines import on_tpu_vm, start_processes
 from pd_jax.training.stages import finetune, pretrain
 
 SAVING = {"save_steps": 4, "keep": 9}
@@ -251,7 +251,7 @@ def test_a_tpu_vm_is_known_by_its_chips_and_their_runtime(tmp_path, monkeypatch,
     for chip in chips:
         (tmp_path / chip).parent.mkdir(exist_ok=True)
         (tmp_path / chip).touch()
-    monkeypatch.setattr("pd_jax.training.processes.find_spec", lambda name: object() if runtime else None)
+    monkeypatch.setattr("pd_jax.machines.processes.find_spec", lambda name: object() if runtime else None)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     if platforms is not None:
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
@@ -262,7 +262,7 @@ def test_a_tpu_vm_is_known_by_its_chips_and_their_runtime(tmp_path, monkeypatch,
 def test_processes_find_one_another_under_slurm_and_on_a_pod(monkeypatch, tasks, pod, joins):
     calls = []
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
-    monkeypatch.setattr("pd_jax.training.processes.on_tpu_vm", lambda: pod)
+    monkeypatch.setattr("pd_jax.machines.processes.on_tpu_vm", lambda: pod)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
     start_processes(None, None, None)
     assert calls == [()] * joins
