@@ -25,7 +25,7 @@ BACKENDS: tuple[Backend, ...] = ("auto", "dense", "chunked", "splash", "tokamax"
 Dtype = Literal["float32", "bfloat16"]  # of weights, activations and cache
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 
-DEFAULT_PAIR_INDICES = (8, 16, 24)
+DEFAULT_PAIR_INDICES = (8, 16, 24)  # for heads of 128, as all Qwen3 have
 SECTION = "pd_jax"  # the key of our settings inside config.json
 
 SETTINGS = {"pair_indices", "branch_stride", "sibling_bias", "visibility", "align"}
@@ -46,6 +46,17 @@ FAMILIES = {  # by the model_type of config.json
     "llama": Family("LlamaForCausalLM", rope_types=("default", "yarn", "llama3")),
     "mistral": Family("MistralForCausalLM"),
 }
+
+
+def default_pairs(head_dim: int) -> tuple[int, ...]:
+    """`DEFAULT_PAIR_INDICES` at the same frequencies of heads of another size. Raises `InputError` where there is no
+    such pair."""
+    if head_dim % 16:
+        raise InputError(
+            f"the default pair_indices {list(DEFAULT_PAIR_INDICES)} are for head_dim 128 and have no equals at "
+            f"head_dim {head_dim}; pass --pair-indices with values in 1..{head_dim // 2}, or none of them"
+        )
+    return tuple(pair * head_dim // 128 for pair in DEFAULT_PAIR_INDICES)
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -1,12 +1,14 @@
 """LoRA (https://arxiv.org/abs/2106.09685): adapters as a tree beside the weights, and merged into them.
 
 The tree is `{"q": {"a": [L, D, R], "b": [L, R, N, H]}, ...}`, float32, one entry for each adapted projection of
-`pd_jax.params`. Training differentiates this tree only; `forward(..., adapters=, lora=)` adds it to the model.
+`pd_jax.params`. A sibling_bias is so small that it is trained whole: `"sibling_bias": [L, N]` beside them replaces the
+base's. Training differentiates this tree only; `forward(..., adapters=, lora=)` adds it to the model.
 """
 
 import math
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +45,17 @@ def init_adapters(config: ModelConfig, lora: LoraConfig, key: Array) -> Params:
     return {name: init(name, shapes) for name, shapes in adapter_shapes(config, lora).items()}
 
 
-def merge_kernel(kernel: Array, adapter: Params, name: str, lora: LoraConfig) -> Array:
-    """The stacked kernel of the projection `name` with its adapter added in float32, in the kernel's dtype."""
+def with_bias(params: Params, adapters: Params | None) -> Params:
+    """`params` with the sibling_bias of `adapters`, where these have one."""
+    if adapters is None or "sibling_bias" not in adapters:
+        return params
+    return {**params, "layers": {**params["layers"], "sibling_bias": adapters["sibling_bias"]}}
+
+
+def merge_weight(kernel: Array, adapter: Any, name: str, lora: LoraConfig) -> Array:
+    """The stacked weight `name` with its adapter added in float32, or replaced by it, in the weight's dtype."""
+    if name == "sibling_bias":
+        return adapter.astype(kernel.dtype)
     summed, kept = PROJECTIONS[name].summed, PROJECTIONS[name].kept
     delta = jnp.einsum(f"L{summed}R,LR{kept}->L{summed}{kept}", adapter["a"], adapter["b"])
     return (kernel.astype(jnp.float32) + lora.scale * delta).astype(kernel.dtype)
@@ -52,5 +63,5 @@ def merge_kernel(kernel: Array, adapter: Params, name: str, lora: LoraConfig) ->
 
 def merge(params: Params, adapters: Params, lora: LoraConfig) -> Params:
     """`params` with `adapters` added to their kernels; what is not adapted is shared, not copied."""
-    merged = {name: merge_kernel(params["layers"][name], part, name, lora) for name, part in adapters.items()}
+    merged = {name: merge_weight(params["layers"][name], part, name, lora) for name, part in adapters.items()}
     return {**params, "layers": {**params["layers"], **merged}}

@@ -19,6 +19,7 @@ from pd_jax.attention import Attention, make_attention
 from pd_jax.columns import Coordinates, rope_tables, rotate
 from pd_jax.config import Backend, LoraConfig, ModelConfig, Remat, RowVisibility
 from pd_jax.cpu import contract
+from pd_jax.lora import with_bias
 from pd_jax.params import PROJECTIONS, Params
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
@@ -47,7 +48,7 @@ def forward(
     """
     rope = rope_tables(config, coordinates.branch, coordinates.column)
     attend = make_attention(coordinates, visibility, backend)
-
+    params = with_bias(params, adapters)
     dropout_keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_hidden_layers)
 
     def layer_step(x: Array, xs: tuple[Params, Params | None, Array | None]) -> tuple[Array, None]:

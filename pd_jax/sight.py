@@ -14,6 +14,7 @@ from jax import Array
 from pd_jax.attention import attention_weights, sibling_scores
 from pd_jax.columns import Coordinates, column_mask, rope_tables, sibling_mask
 from pd_jax.config import LoraConfig, ModelConfig, RowVisibility
+from pd_jax.lora import with_bias
 from pd_jax.model import block, project
 from pd_jax.params import Params
 
@@ -59,6 +60,7 @@ def attention_mass(
     see `ParallelDecoder.attention`.
     """
     rope = rope_tables(config, coordinates.branch, coordinates.column)
+    params = with_bias(params, adapters)
 
     def layer_step(x: Array, xs: tuple[Params, Params | None]) -> tuple[Array, Array]:
         layer, adapter = xs

@@ -77,7 +77,7 @@ def load(flags: Flags) -> "ParallelDecoder":
 
     model, adapter = find_source(flags.model_name, flags.base_model, flags.local_files_only)
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return ParallelDecoder.from_pretrained(
+    decoder = ParallelDecoder.from_pretrained(
         model,
         adapter,
         dtype=default if flags.dtype == "auto" else flags.dtype,
@@ -86,6 +86,12 @@ def load(flags: Flags) -> "ParallelDecoder":
         pair_indices=flags.pair_indices,
         local_files_only=flags.local_files_only,
     )
+    if decoder.config.visibility is None and decoder.visibility != "isolated":
+        logging.warning(
+            "%s has no column settings: it has never learned to tell branches apart (--visibility isolated --align "
+            "ragged answers as without siblings, finetune.py teaches it)", flags.model_name,
+        )  # fmt: skip
+    return decoder
 
 
 def linear(decoder: "ParallelDecoder", sample: "Sample") -> Iterator[str]:

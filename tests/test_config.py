@@ -2,7 +2,7 @@
 
 import pytest
 
-from pd_jax.config import SECTION, ModelConfig, Yarn
+from pd_jax.config import SECTION, ModelConfig, Yarn, default_pairs
 from pd_jax.files import config_from_hf, config_to_hf
 
 # Qwen3-4B-Instruct-2507 as the hub has it (transformers 4 style).
@@ -122,3 +122,9 @@ def test_all_that_is_wrong_is_named_at_once():
         config_from_hf(
             {k: v for k, v in HUB.items() if k != "vocab_size"} | {"attention_bias": True, "hidden_act": "gelu"}
         )
+
+
+def test_default_pairs_keep_their_frequencies_at_other_head_sizes():
+    assert [default_pairs(size) for size in (128, 64, 32)] == [(8, 16, 24), (4, 8, 12), (2, 4, 6)]
+    with pytest.raises(ValueError, match=r"head_dim 128 and have no equals at head_dim 24; pass --pair-indices"):
+        default_pairs(24)

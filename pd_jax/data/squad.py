@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pd_jax.data.text import BadRows, tokenise
 from pd_jax.errors import InputError, check_text
 from pd_jax.layout import Branch, Sample, TokenSample, fit
@@ -66,12 +68,17 @@ def load_squad(
 
 
 def select(
-    contexts: Iterable[Context], max_branches: int, min_questions: int, max_samples: int | None
+    contexts: Iterable[Context], max_branches: int, min_questions: int, max_samples: int | None, seed: int | None = None
 ) -> list[Context]:
-    """The first `max_samples` contexts that have `min_questions`, each with its first `max_branches` questions."""
+    """`max_samples` of the contexts that have `min_questions`, each with its first `max_branches` questions, in the
+    data's order: drawn by `seed`, because neighbours are about one subject, or (None) the first."""
     if min_questions > max_branches:
         raise InputError(f"--min-questions {min_questions} is above --max-branches {max_branches}; lower one of them")
-    chosen = [c for c in contexts if len(c.questions) >= min_questions][:max_samples]
+    chosen = [c for c in contexts if len(c.questions) >= min_questions]
+    if seed is not None and max_samples is not None and max_samples < len(chosen):
+        drawn = np.random.default_rng(seed).choice(len(chosen), max_samples, replace=False)
+        chosen = [chosen[i] for i in sorted(drawn)]
+    chosen = chosen[:max_samples]
     if not chosen:
         raise InputError(f"no context has {min_questions} questions; lower --min-questions (or raise the sample limit)")
     return [Context(c.title, c.text, c.questions[:max_branches]) for c in chosen]

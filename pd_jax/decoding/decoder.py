@@ -46,7 +46,7 @@ from pd_jax.decoding.steps import (
 from pd_jax.errors import InputError
 from pd_jax.files import check_rows, find_model, load_adapter, load_config, load_eos_ids, load_params, load_tokenizer
 from pd_jax.layout import Branch, Layout, Sample, TokenSample, bucket, build_layout
-from pd_jax.lora import merge_kernel
+from pd_jax.lora import merge_weight
 from pd_jax.mesh import check_model, decoding_shardings, param_shardings
 from pd_jax.params import Params
 
@@ -149,7 +149,7 @@ class ParallelDecoder:
         if extra is not None:
             adapters, lora = load_adapter(extra, config, directory)
             for name, part in adapters.items():
-                params["layers"][name] = merge_kernel(params["layers"][name], part, name, lora)
+                params["layers"][name] = merge_weight(params["layers"][name], part, name, lora)
         settings: dict[str, Any] = {"dtype": dtype, "visibility": visibility, "align": align, "mesh": mesh}
         return cls(config, unstack(params, dtype), tokenizer, eos_ids, **settings)
 

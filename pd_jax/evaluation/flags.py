@@ -36,7 +36,8 @@ class EvaluateFlags:
     dataset_split: str = flag("validation", "split of a hub data set", group=DATA)
     max_branches: int = flag(3, "at most this many questions a context, beside the background", group=DATA, minimum=1)
     min_questions: int = flag(2, "contexts with fewer questions are left out", group=DATA, minimum=1)
-    max_eval_samples: int = flag(64, "contexts", group=DATA, minimum=1)
+    max_eval_samples: int = flag(64, "at most this many contexts, drawn by the seed", group=DATA, minimum=1)
+    first_samples: bool = flag(False, "take the first contexts of the data instead of drawing them", group=DATA)
     skip_bad_rows: bool = flag(False, "leave out questions without usable text, and count them", group=DATA)
     metric: Metric = flag("squad", "squad: words, English; cmrc: characters, Chinese", group=DATA)
     max_new_tokens: int = flag(32, "tokens an answer, at most", group=RUN, minimum=1)
@@ -44,7 +45,7 @@ class EvaluateFlags:
         1, "contexts answered at once (one question at a time where rows are serial)", group=RUN, minimum=1
     )
     repeats: int = flag(1, "timed runs of each batch, the median counts; 0: answers only", group=RUN, minimum=0)
-    seed: int = flag(0, "of the bootstrap", group=RUN, minimum=0)
+    seed: int = flag(0, "of the contexts that are drawn and of the bootstrap", group=RUN, minimum=0)
     output_dir: str = flag("./evaluation", "results.json, report.html, predictions-ROW.jsonl", group=RUN)
     dump_file: str | None = flag(None, "JSON file with every question, its gold answers and the predictions", group=RUN)
     from_: str | None = flag(None, "a results.json to render again, without running anything", group=RUN)

@@ -65,6 +65,11 @@ def find_shared(sources: "Mapping[RowSpec, ModelSource]", conditions: Conditions
         tokenizers[source.model] = load_tokenizer(source.model, config.vocab_size)
         if way.visibility is not None:
             align = way.align(config, conditions.align)
+            if config.visibility is None and way.visibility != "isolated":
+                notes.append(
+                    f"{source.adapter or source.model} has no column settings: row {spec.name} shows it branches that "
+                    "it has never learned to tell apart"
+                )
             if config.trained_otherwise(way.visibility, align):
                 trained = f"{source.adapter or source.model} was trained with visibility {config.visibility}, align"
                 otherwise.setdefault(f"{trained} {config.align}", []).append(f"{spec.name} ({way.visibility}, {align})")
@@ -258,7 +263,8 @@ def _evaluate(flags: EvaluateFlags, console: Console) -> Results:
     # Questions
     bad = BadRows(flags.skip_bad_rows)
     contexts = load_squad(flags.dataset_name, flags.dataset_split, flags.local_files_only, bad)
-    contexts = select(contexts, flags.max_branches, flags.min_questions, flags.max_eval_samples)
+    drawn = None if flags.first_samples else flags.seed
+    contexts = select(contexts, flags.max_branches, flags.min_questions, flags.max_eval_samples, drawn)
     check_lengths(contexts, shared, conditions.max_new_tokens)
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True, markup=False)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pd_jax.config import DEFAULT_PAIR_INDICES, FAMILIES, SECTION, SETTINGS, Family, Llama3Rope, ModelConfig, Yarn
+from pd_jax.config import FAMILIES, SECTION, SETTINGS, Family, Llama3Rope, ModelConfig, Yarn, default_pairs
 from pd_jax.errors import InputError
 
 # Fields of config.json that we honour in one value only; anything else would be silently another model.
@@ -25,7 +25,7 @@ SCALINGS: dict[str, type[Yarn] | type[Llama3Rope]] = {"yarn": Yarn, "llama3": Ll
 def config_from_hf(hf: Mapping[str, Any], pair_indices: Sequence[int] | None = None) -> ModelConfig:
     """Read a `config.json` (transformers 4 or 5 style) of one of `FAMILIES`, with our section if it has one.
 
-    `pair_indices` is the caller's choice; None takes what is stored, else `DEFAULT_PAIR_INDICES`.
+    `pair_indices` is the caller's choice; None takes what is stored, else `default_pairs`.
     Raises `InputError` with every unsupported or missing field named, or when `pair_indices` contradicts what the
     weights were trained with.
     """
@@ -64,7 +64,7 @@ def config_from_hf(hf: Mapping[str, Any], pair_indices: Sequence[int] | None = N
             f"pair_indices {list(pair_indices)} was asked for, but the weights were trained with {list(stored)}; "
             "leave pair_indices out"
         )
-    chosen = stored if stored is not None else DEFAULT_PAIR_INDICES if pair_indices is None else tuple(pair_indices)
+    chosen = stored if stored is not None else pair_indices
     return ModelConfig(
         **shape,
         family=str(name),
@@ -73,7 +73,7 @@ def config_from_hf(hf: Mapping[str, Any], pair_indices: Sequence[int] | None = N
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
         max_position_embeddings=hf.get("max_position_embeddings", 32768),
         **scaling,
-        pair_indices=chosen,
+        pair_indices=default_pairs(shape["head_dim"]) if chosen is None else tuple(chosen),
         branch_stride=ours.get("branch_stride", 1.0),
         sibling_bias=ours.get("sibling_bias", False),
         visibility=ours.get("visibility"),

@@ -11,7 +11,7 @@ from pd_jax.files.orbax import write_checkpoint
 from pd_jax.files.peft import load_adapter
 from pd_jax.files.safetensors import Progress, write_params
 from pd_jax.files.saving import check_new, staging, write_metadata
-from pd_jax.lora import merge_kernel
+from pd_jax.lora import merge_weight
 
 
 def import_model(model: str, output: Path, dtype: Any = None, progress: Progress | None = None) -> Path:
@@ -57,7 +57,7 @@ def export_model(
     params = load_params(source, config, None)
     for name, part in adapters.items():  # one kind at a time: two models would not fit where one does
         assert lora is not None
-        params["layers"][name] = merge_kernel(params["layers"][name], part, name, lora)
+        params["layers"][name] = merge_weight(params["layers"][name], part, name, lora)
     with staging(output) as stage:
         write_params(stage, params, config, max_shard_size=max_shard_size, progress=progress)
         write_metadata(stage, hf, source, params["embed"].dtype)

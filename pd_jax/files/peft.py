@@ -16,9 +16,10 @@ from pd_jax.files.find import ADAPTER_CONFIG, BASE_FINGERPRINT, fingerprint, rea
 from pd_jax.files.safetensors import Pending, read_header, write_safetensors
 from pd_jax.files.saving import staging
 from pd_jax.lora import adapter_shapes
-from pd_jax.params import PROJECTIONS, Params
+from pd_jax.params import BY_NAME, PROJECTIONS, Params
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BIAS_WEIGHTS = "sibling_bias.safetensors"  # beside them: PEFT would not know what it is
 
 # Fields of adapter_config.json that are read, or decide nothing once the adapter is trained: its tensors say which
 # modules and layers they are for.
@@ -68,11 +69,15 @@ def save_adapter(
     base: str,
     base_print: str | None = None,
 ) -> None:
-    """Write `adapters` as PEFT does, with our settings under the key `pd_jax`; all or nothing.
+    """Write `adapters` as PEFT does, with our settings under the key `pd_jax` and a trained sibling_bias in a file of
+    its own beside them; all or nothing.
 
     `base` is the model that they belong to, a directory or a hub id, and `base_print` its `fingerprint`.
     """
     tensors: dict[str, Pending] = {}
+    adapters = dict(adapters)
+    bias = adapters.pop("sibling_bias", None)
+    biases = {} if bias is None else _bias_tensors(np.asarray(bias, np.float32))
     for name, parts in adapters.items():
         for part, array in parts.items():
             stacked = np.asarray(array, np.float32)
@@ -98,7 +103,18 @@ def save_adapter(
     }
     with staging(directory, last=ADAPTER_CONFIG) as stage:
         write_safetensors(stage / ADAPTER_WEIGHTS, tensors)
+        if biases:
+            write_safetensors(stage / BIAS_WEIGHTS, biases)
         (stage / ADAPTER_CONFIG).write_text(json.dumps(peft, indent=2) + "\n", encoding="utf-8")
+
+
+def _bias_name(layer: int) -> str:
+    return f"model.layers.{layer}.{BY_NAME['sibling_bias'].hf}"
+
+
+def _bias_tensors(bias: np.ndarray) -> dict[str, Pending]:
+    """[L, N] as one tensor a layer."""
+    return {_bias_name(i): Pending(row.dtype, row.shape, lambda row=row: row) for i, row in enumerate(bias)}
 
 
 def lora_flags(lora: LoraConfig) -> dict[str, Any]:
@@ -165,5 +181,12 @@ def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None)
         layers = [tensors[_tensor_name(layer, name, part)].checked().T for layer in range(shape[0])]
         return jnp.asarray(np.stack(layers).reshape(shape).astype(np.float32))
 
-    adapters = {name: {part: stack(name, part, s) for part, s in parts.items()} for name, parts in shapes.items()}
+    adapters: Params = {
+        name: {part: stack(name, part, s) for part, s in parts.items()} for name, parts in shapes.items()
+    }
+    if (directory / BIAS_WEIGHTS).is_file():
+        own = {_bias_name(layer): (config.num_attention_heads,) for layer in range(config.num_hidden_layers)}
+        rows = read_header(directory / BIAS_WEIGHTS)
+        raise_collected(directory / BIAS_WEIGHTS, differences(rows, own, "the base says"))
+        adapters["sibling_bias"] = jnp.asarray(np.stack([rows[name].checked() for name in own]).astype(np.float32))
     return adapters, lora

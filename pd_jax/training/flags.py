@@ -19,7 +19,10 @@ class TrainFlags:
     pair_indices: tuple[int, ...] | None = flag(
         None, "1-based RoPE pairs; the 1st, 3rd, ... turn with the branch; 8 16 24 if none is stored", group=MODEL
     )
-    sibling_bias: bool = flag(False, "add a learned bias per layer and head towards sibling branches", group=MODEL)
+    sibling_bias: bool | None = flag(
+        None, "a learned bias per layer and head towards sibling branches; if not given, added to pretrained weights "
+        "that never saw columns", group=MODEL,
+    )  # fmt: skip
     sibling_bias_start: float | None = flag(
         None, "where a new sibling_bias begins: 0 lets siblings be seen, -8 hides them; 0 with --random-init, else -2",
         group=MODEL,
@@ -112,8 +115,11 @@ class FinetuneFlags(TrainFlags):
     eval_dataset_name: str | None = flag(
         None, "data for the validation loss; for a hub data set its validation split is used", group=DATA
     )
-    max_train_samples: int | None = flag(None, "use at most this many contexts", group=DATA, minimum=1)
+    max_train_samples: int | None = flag(
+        None, "use at most this many contexts, drawn by the seed", group=DATA, minimum=1
+    )
     max_eval_samples: int | None = flag(None, "contexts for the validation loss", group=DATA, minimum=1)
+    first_samples: bool = flag(False, "take the first contexts of the data instead of drawing them", group=DATA)
     max_branches: int = flag(3, "at most this many questions a context, beside the background", group=DATA, minimum=1)
     min_questions: int = flag(2, "contexts with fewer questions are left out", group=DATA, minimum=1)
     max_length: int = flag(1024, "tokens a row; several contexts share one", group=DATA, minimum=1)

@@ -142,6 +142,8 @@ def train(
             trained = jax.eval_shape(partial(init_params, config), jax.random.key(0))
         else:
             frozen = load_weights(start, settings.seed, settings.dtype)
+            if config.sibling_bias and "sibling_bias" not in adapters:
+                adapters |= {"sibling_bias": frozen["layers"]["sibling_bias"].astype(jnp.float32)}
             shardings = jax.tree.map(lambda _: NamedSharding(mesh, P()), adapters)
             trained = adapters
         target = abstract_state(trained, shardings, optimizer, mesh)
@@ -248,7 +250,7 @@ def train(
             assert start.base is not None
             name, base_print = start.base.values()
             save_adapter(output, state["trained"], lora, config, base=name, base_print=base_print)
-        door = "" if lora is not None else door_line(config, state["trained"])
+        door = door_line(config, state["trained"])
     write_run(output, run.flags, start.base, run.data, finished=True)
     skipped = "" if bad is None else bad.summary()
     say(f"finished {step} steps; the {'model' if lora is None else 'adapter'} is in {output}{skipped}{door}")
@@ -266,11 +268,11 @@ def sibling_share(config: ModelConfig, lora: LoraConfig | None, trained: Params,
     return jnp.mean(mass[..., 2])
 
 
-def door_line(config: ModelConfig, params: Params) -> str:
+def door_line(config: ModelConfig, trained: Params) -> str:
     """What the last line says of a sibling_bias that hides the siblings from every head; else nothing."""
     if not config.sibling_bias or config.visibility == "isolated":
         return ""
-    bias = params["layers"]["sibling_bias"]
+    bias = trained.get("layers", trained)["sibling_bias"]
     low, high = float(jnp.min(bias)), float(jnp.max(bias))
     if high >= SHUT:
         return ""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pd_jax.attention import Call, check_backend
 from pd_jax.cli import given
-from pd_jax.config import MIX, LoraConfig
+from pd_jax.config import MIX, SECTION, LoraConfig
 from pd_jax.data import fineweb, pipeline, squad
 from pd_jax.data.prints import data_prints
 from pd_jax.data.text import BadRows
@@ -30,6 +30,7 @@ from pd_jax.files import (
     load_eos_ids,
     load_tokenizer,
     lora_flags,
+    read_config_json,
 )
 from pd_jax.layout import TokenSample
 from pd_jax.machines import Trace, start_processes
@@ -102,7 +103,8 @@ def _finetune(flags: FinetuneFlags) -> None:
 
     def samples(name: str, split: str, limit: int | None) -> list[TokenSample]:
         contexts = squad.load_squad(name, split, flags.local_files_only, bad)
-        contexts = squad.select(contexts, flags.max_branches, flags.min_questions, limit)
+        drawn = None if flags.first_samples else flags.seed
+        contexts = squad.select(contexts, flags.max_branches, flags.min_questions, limit, drawn)
         kept, line = squad.fitted_samples(contexts, start.tokenizer, start.end, flags.max_length, name)
         say(line)
         return kept
@@ -210,7 +212,9 @@ def prepare(flags: TrainFlags, row_length: int) -> tuple[Start, StepSettings]:
             f"{flags.model_name} was trained with visibility {config.visibility}, align {config.align}; this run "
             f"trains it with visibility {visibility}, align {align}"
         )
-    asked, bias = given(flags), config.sibling_bias or flags.sibling_bias
+    untouched = SECTION not in read_config_json(directory) and adapter is None and not flags.random_init
+    new = untouched and visibility != "isolated"  # pretrained weights that will see columns for the first time
+    asked, bias = given(flags), config.sibling_bias or (new if flags.sibling_bias is None else flags.sibling_bias)
     check_agreement(asked, {"sibling_bias": True} if config.sibling_bias else {}, directory)
     check_needed(asked, "--sibling-bias", bias, "sibling_bias_lr")
     check_needed(asked, "--visibility mix", visibility == MIX, "mix_shares")
@@ -221,6 +225,11 @@ def prepare(flags: TrainFlags, row_length: int) -> tuple[Start, StepSettings]:
     bias_start = flags.sibling_bias_start
     if bias_start is None:
         bias_start = 0.0 if flags.random_init or config.visibility is not None else PRETRAINED_BIAS_START
+    if new and bias and flags.sibling_bias is None:
+        say(
+            f"{flags.model_name} has never seen columns: it gets a sibling_bias that begins at {bias_start:g}, without "
+            "which its branches cannot tell their own text from their siblings' (--no-sibling-bias trains without)"
+        )
     config = dataclasses.replace(config, sibling_bias=bias, visibility=visibility, align=align)
     tokenizer = load_tokenizer(directory, config.vocab_size)
     eos = load_eos_ids(directory, tokenizer)
@@ -233,10 +242,6 @@ def prepare(flags: TrainFlags, row_length: int) -> tuple[Start, StepSettings]:
         check_agreement(asked, lora_flags(lora), adapter)
     elif flags.use_lora:
         lora = LoraConfig(flags.lora_r, flags.lora_alpha, flags.lora_dropout, flags.lora_target_modules)
-    if lora is not None and flags.sibling_bias:
-        raise InputError(
-            "--sibling-bias is a weight of the base, which --use-lora does not train; leave one of them out"
-        )
     base = None
     if lora is not None:
         name = str(directory.absolute()) if Path(flags.model_name).is_dir() else flags.model_name

@@ -129,8 +129,8 @@ def make_step(
             "used": jnp.mean(batch["valid"].astype(jnp.float32)),
         }
         trained: Any = optax.apply_updates(state["trained"], updates)
-        if "sibling_bias" in trained.get("layers", {}):
-            bias = trained["layers"]["sibling_bias"]
+        bias = trained.get("layers", trained).get("sibling_bias")  # of a LoRA run beside the adapters
+        if bias is not None:
             metrics["sibling_bias"] = jnp.stack([jnp.min(bias), jnp.max(bias)])
         return {"trained": trained, "opt": opt, "step": state["step"] + 1}, metrics
 

@@ -137,6 +137,18 @@ def test_the_official_file_stands_in_for_the_hub(monkeypatch, tmp_path):
         load_squad("other/data")
 
 
+def test_some_contexts_are_drawn_by_the_seed_and_stay_in_order():
+    contexts = [Context(str(i), str(i), (Question("", "q", ("a",)),)) for i in range(100)]
+    drawn = select(contexts, 1, 1, 10, seed=3)
+    places = [int(context.title) for context in drawn]
+    assert places == sorted(set(places))
+    assert len(places) == 10
+    assert max(places) > 20  # not the first
+    assert select(contexts, 1, 1, 10, seed=3) == drawn != select(contexts, 1, 1, 10, seed=4)
+    assert select(contexts, 1, 1, 10) == contexts[:10]
+    assert select(contexts, 1, 1, 200, seed=3) == contexts
+
+
 def test_select():
     contexts = [Context("", str(n), tuple(Question(f"{n}{i}", "q", ("a",)) for i in range(n))) for n in range(1, 6)]
     chosen = select(contexts, max_branches=3, min_questions=2, max_samples=3)

@@ -8,11 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from examples import SMALL, WORKED
 from runs import inputs, metrics, pretrain_flags
+from safetensors.numpy import load_file
+from sources import convert, make_source
 
 from pd_jax import ParallelDecoder
 from pd_jax.config import SECTION
-from pd_jax.files import load_config, load_params
+from pd_jax.files import load_adapter, load_config, load_params
+from pd_jax.lora import merge
 from pd_jax.params import init_params
 from pd_jax.training import Optimisation, make_optimizer, pretrain
 from pd_jax.training.loop import door_line
@@ -106,3 +110,58 @@ def test_a_mix_trains_and_is_decoded_in_columns_unless_asked_otherwise(tmp_path,
     assert not caplog.messages  # a mix holds every visibility
     with pytest.raises(ValueError, match=r"--mix-shares 1\.0 2\.0: give three shares"):
         pretrain(pretrain_flags(tmp_path / "other", visibility="mix", mix_shares=(1.0, 2.0), **ALL))
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """Pretrained weights as the hub has them: they know nothing of columns."""
+    directory = make_source(tmp_path_factory.mktemp("stock") / "hf")
+    assert SECTION not in json.loads((directory / "config.json").read_text())
+    return directory
+
+
+def lora_flags(stock, output, **changes):
+    return pretrain_flags(
+        output,
+        **{"model_name": str(stock), "random_init": False, "use_lora": True, "pair_indices": (), **ALL} | changes,
+    )
+
+
+def test_stock_weights_get_a_door_that_lora_trains_too(stock, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "adapter"
+    pretrain(lora_flags(stock, output))
+    assert "has never seen columns: it gets a sibling_bias that begins at -2" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    config = load_config(stock, adapter=output)
+    assert config.sibling_bias
+    adapters, lora = load_adapter(output, config, stock)
+    bias = np.asarray(adapters["sibling_bias"])
+    assert 0.05 < np.abs(bias + 2).max() < 4
+    assert (bias.min(), bias.max()) == pytest.approx(
+        tuple(metrics(output)[-1][f"sibling_bias_{end}"] for end in ("min", "max"))
+    )
+    # Decoded, exported and continued with that bias; PEFT's own file knows nothing of it.
+    decoder = ParallelDecoder.from_pretrained(stock, output)
+    assert np.array_equal([layer["sibling_bias"] for layer in decoder.weights["layers"]], bias)
+    assert not any("sibling" in name for name in load_file(output / "adapter_model.safetensors"))
+    convert("flax_to_hf", monkeypatch, "--checkpoint", output, "--output", tmp_path / "merged")
+    merged = ParallelDecoder.from_pretrained(tmp_path / "merged")
+    layout = decoder.layout([WORKED, SMALL])
+    np.testing.assert_allclose(merged.logits(layout), decoder.logits(layout), atol=1e-4)
+    plain = merge({**load_params(stock, config)}, {k: v for k, v in adapters.items() if k != "sibling_bias"}, lora)
+    assert set(np.unique(plain["layers"]["sibling_bias"])) == {-8.0}
+    other = ParallelDecoder(config, plain, tiny.tokenizer(), ())
+    assert np.abs(other.logits(layout) - decoder.logits(layout)).max() > 1e-3  # it is used
+    further = lora_flags(stock, tmp_path / "further", use_lora=False, adapter=str(output), max_steps=1)
+    pretrain(further)
+    assert metrics(tmp_path / "further")[0]["sibling_bias_max"] == pytest.approx(bias.max(), abs=3.5)
+
+
+@pytest.mark.slow
+def test_a_recipe_given_by_hand_is_kept(stock, tmp_path, capsys):
+    pretrain(lora_flags(stock, tmp_path / "without", sibling_bias=False, max_steps=1))
+    assert "never seen columns" not in capsys.readouterr().out
+    assert not (tmp_path / "without" / "sibling_bias.safetensors").exists()
+    pretrain(lora_flags(stock, tmp_path / "alone", visibility="isolated", max_steps=1))
+    assert not load_config(stock, adapter=tmp_path / "alone").sibling_bias
