@@ -20,6 +20,7 @@ from pd_jax.params import PROJECTIONS, Params
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_FINGERPRINT = "base_fingerprint"  # in our section of adapter_config.json
+UNNAMED_FAMILY = "qwen3"  # of adapters that do not say theirs: once there was no other
 
 # What PEFT can do and we cannot: the field of adapter_config.json and the values under which it changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -52,7 +53,8 @@ def _hf_shape(name: str, part: str, shape: tuple[int, ...]) -> tuple[int, int]:
 
 def base_settings(config: ModelConfig) -> dict[str, Any]:
     """What is stored with an adapter. A base must agree on all but visibility and alignment, which are its own."""
-    return {**config.section(), "rope_theta": config.rope_theta}
+    family = {} if config.family == UNNAMED_FAMILY else {"family": config.family}
+    return {**config.section(), **family, "rope_theta": config.rope_theta}
 
 
 def save_adapter(
@@ -105,8 +107,10 @@ def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None)
     or of another shape.
     """
     peft = read_adapter_config(directory)
-    stored, here = dict(peft.get(SECTION, {})), base_settings(config)
+    stored, here = dict(peft.get(SECTION, {})), base_settings(config) | {"family": config.family}
     wanted = stored.pop(BASE_FINGERPRINT, None)
+    if stored:
+        stored.setdefault("family", UNNAMED_FAMILY)
     if base is not None and wanted is not None and fingerprint(base) != wanted:
         raise InputError(
             f"{directory} was trained on {peft.get('base_model_name_or_path')} with fingerprint {wanted[:12]}, and "
@@ -130,7 +134,7 @@ def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None)
     # target_modules may be a list, a regular expression or "all-linear": the tensors say what it came to.
     targets = tuple(f"{name}_proj" for name in PROJECTIONS if _tensor_name(0, name, "a") in tensors)
     if not targets:
-        raise InputError(f"{directory / ADAPTER_WEIGHTS} adapts no projection of Qwen3: {sorted(tensors)[:3]}")
+        raise InputError(f"{directory / ADAPTER_WEIGHTS} adapts no projection of a layer: {sorted(tensors)[:3]}")
     lora = LoraConfig(
         r=peft["r"],
         alpha=peft["lora_alpha"],
