@@ -1,4 +1,4 @@
-"""Convert a Hugging Face Qwen3 into a pd_jax model directory: orbax `params/`, config.json and tokenizer files."""
+"""Convert a Hugging Face model into a pd_jax model directory: orbax `params/`, config.json and tokenizer files."""
 
 import os
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pd_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Flags:
-    model: str | None = flag(None, "Hugging Face directory or hub id of a Qwen3; required")
+    model: str | None = flag(None, "Hugging Face directory or hub id of a Qwen3, Qwen2, Llama or Mistral; required")
     output: str | None = flag(None, "directory to write, which must not exist yet; required")
     dtype: Literal["stored", "float32", "bfloat16"] = flag(
         "stored", "dtype of the converted weights; stored keeps every tensor bit for bit"

@@ -91,15 +91,23 @@ def block(
     """
     norm = partial(rms_norm, eps=config.rms_norm_eps)
     linear = partial(project, layer=layer) if linear is None else linear
-    h = norm(x, layer["attn_norm"])
-    q, k, v = (linear(h, name=name) for name in ("q", "k", "v"))  # [B, T, N, H] and twice [B, T, K, H]
-    if "q_bias" in layer:
-        q, k, v = (y + layer[name].astype(y.dtype) for y, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias")))
-    if "q_norm" in layer:
-        q, k = norm(q, layer["q_norm"]), norm(k, layer["k_norm"])
+    q, k, v = heads(config, layer, norm(x, layer["attn_norm"]), linear)
     x = x + linear(attend(rotate(q, *rope), rotate(k, *rope), v, layer.get("sibling_bias")), name="o")
     h = norm(x, layer["mlp_norm"])
     return x + linear(jax.nn.silu(linear(h, name="gate")) * linear(h, name="up"), name="down")
+
+
+def heads(
+    config: ModelConfig, layer: Params, h: Array, linear: Callable[..., Array] | None = None
+) -> tuple[Array, Array, Array]:
+    """q [B, T, N, H], k and v [B, T, K, H] of hidden states h [B, T, D], before RoPE; `linear` as in `block`."""
+    linear = partial(project, layer=layer) if linear is None else linear
+    q, k, v = (linear(h, name=name) for name in ("q", "k", "v"))
+    if "q_bias" in layer:
+        q, k, v = (y + layer[f"{name}_bias"].astype(y.dtype) for y, name in ((q, "q"), (k, "k"), (v, "v")))
+    if "q_norm" in layer:
+        q, k = (rms_norm(y, layer[name], config.rms_norm_eps) for y, name in ((q, "q_norm"), (k, "k_norm")))
+    return q, k, v
 
 
 def project(

@@ -47,17 +47,47 @@ HF_CONFIG = {
 }
 
 
+# What the families' own files say otherwise; unusual sizes and thetas, tied and untied.
+FAMILY_FIELDS = {
+    "qwen3": {},
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 40, "head_dim": None,
+        "rope_theta": 30000.0, "tie_word_embeddings": True,
+    },
+    "llama": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": 12, "rope_theta": 500000.0,
+        "rope_scaling": {
+            "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64,
+            "rope_type": "llama3",
+        },
+        "mlp_bias": False, "tie_word_embeddings": False,
+    },
+    "mistral": {
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "rope_theta": 70000.0,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def random_params(config, key, dtype=jnp.float32):
+    """Random weights whose biases are not 0, so that a forgotten one shows."""
+    params = init_params(config, key, dtype)
+    for name in params["layers"].keys() & {"q_bias", "k_bias", "v_bias"}:
+        params["layers"][name] = 0.5 * jax.random.normal(key, params["layers"][name].shape, dtype)
+    return params
+
+
 def make_source(directory, dtype=jnp.float32, seed=0, **changes):
     """A complete tiny Hugging Face directory with random weights."""
     directory.mkdir(parents=True)
-    hf = HF_CONFIG | changes
+    hf = {key: value for key, value in (HF_CONFIG | changes).items() if (key, value) != ("head_dim", None)}
     (directory / "config.json").write_text(json.dumps(hf, indent=2))
     (directory / "generation_config.json").write_text('{"eos_token_id": [5, 2],   "pad_token_id": 1}')
     vocab = {f"w{i}": i for i in range(60)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2", pad_token="w1").save_pretrained(directory)
     config = config_from_hf(hf, ())
-    write_params(directory, init_params(config, jax.random.key(seed), dtype), config)
+    write_params(directory, random_params(config, jax.random.key(seed), dtype), config)
     return directory
 
 

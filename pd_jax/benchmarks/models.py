@@ -8,7 +8,7 @@ from typing import Any
 
 
 def shape_of(model: str) -> Any:
-    """A `ModelConfig` that transformers can compute too: a Qwen3's by its hub id, or "29m"."""
+    """A `ModelConfig` that transformers can compute too: a known model's by its hub id, or "29m"."""
     from pd_jax.config import ModelConfig
     from pd_jax.files import known_config
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pd_jax.config import SECTION, ModelConfig
+from pd_jax.config import FAMILIES, SECTION, ModelConfig
 from pd_jax.files.config_json import config_to_hf
 from pd_jax.files.directories import load_config, load_params, load_tokenizer
 from pd_jax.files.find import PARAMS, find_model, find_source, read_adapter_config, read_config_json
@@ -28,7 +28,7 @@ def import_model(model: str, output: Path, dtype: Any = None, progress: Progress
     with staging(output) as stage:
         params = load_params(source, config, dtype, progress=progress)
         write_checkpoint(stage / PARAMS, params)
-        # A plain Qwen3 stays plain: which pairs turn with the branch is chosen when it is trained.
+        # A plain model stays plain: which pairs turn with the branch is chosen when it is trained.
         write_metadata(stage, hf, source, params["embed"].dtype)
     return source
 
@@ -73,18 +73,20 @@ def _check_tokenizer(source: Path, config: ModelConfig) -> None:
 
 def model_card(hf: dict[str, Any]) -> str:
     """README.md of an export with the config.json `hf`: what plain transformers will and will not reproduce."""
-    front = "---\nlibrary_name: pd_jax\ntags:\n- pd_jax\n- qwen3\n- parallel-decoding\n---\n\n"
+    kind = FAMILIES[hf["model_type"]].architecture.removesuffix("ForCausalLM")
+    front = f"---\nlibrary_name: pd_jax\ntags:\n- pd_jax\n- {hf['model_type']}\n- parallel-decoding\n---\n\n"
     settings = hf.get(SECTION)
     if settings is None:
         return (
-            f"{front}# Qwen3, converted by pd_jax\n\n"
-            "These are plain Qwen3 weights. transformers and pd_jax both load this directory, and give the same\n"
+            f"{front}# {kind}, converted by pd_jax\n\n"
+            f"These are plain {kind} weights. transformers and pd_jax both load this directory, and give the same\n"
             "logits for ordinary text when pd_jax is told `pair_indices=()`.\n"
         )
     rows = "\n".join(f"| `{key}` | `{value}` |" for key, value in settings.items())
     if settings["pair_indices"] or settings["sibling_bias"]:
         verdict = (
-            "**Plain transformers does not reproduce this model.** It loads the directory as an ordinary Qwen3 and\n"
+            "**Plain transformers does not reproduce this model.** It loads the directory as an ordinary "
+            f"{kind} and\n"
             "says little or nothing, but turns every RoPE pair with the position; here some pairs turn with the\n"
             "number of the branch, and tokens of one column do not see one another. Logits differ even for text\n"
             "without branches, and generated text will be worse than it should be."
@@ -97,13 +99,14 @@ def model_card(hf: dict[str, Any]) -> str:
             "columns as `position_ids` and the column mask as a 4D float mask; `generate()` knows neither."
         )
     return (
-        f"{front}# A columnar Qwen3, exported by pd_jax\n\n"
-        "The weights have the names and shapes of Qwen3, but they were trained to write several branches of one text\n"
-        "side by side, one column at a time.\n\n"
+        f"{front}# A columnar {kind}, exported by pd_jax\n\n"
+        f"The weights have the names and shapes of {kind}, but they were trained to write several branches of one\n"
+        "text side by side, one column at a time.\n\n"
         f"| setting (config.json, `{SECTION}`) | value |\n|---|---|\n{rows}\n\n"
         "## What transformers will and will not do\n\n"
         f"{verdict}\n\n"
-        "Tokenizer, embeddings, norms and MLPs are those of Qwen3; weights can be inspected, merged and quantised.\n\n"
+        f"Tokenizer, embeddings, norms and MLPs are those of {kind}; weights can be inspected, merged and "
+        "quantised.\n\n"
         "## Use\n\n"
         "```python\nfrom pd_jax import ParallelDecoder, Sample\n\n"
         'decoder = ParallelDecoder.from_pretrained("PATH_OF_THIS_DIRECTORY")  # reads the settings above\n'

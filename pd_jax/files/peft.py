@@ -20,6 +20,7 @@ from pd_jax.params import BY_NAME, PROJECTIONS, Params
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BIAS_WEIGHTS = "sibling_bias.safetensors"  # beside them: PEFT would not know what it is
+UNNAMED_FAMILY = "qwen3"  # of adapters that do not say theirs: once there was no other
 
 # Fields of adapter_config.json that are read, or decide nothing once the adapter is trained: its tensors say which
 # modules and layers they are for.
@@ -57,7 +58,8 @@ def _hf_shape(name: str, part: str, shape: tuple[int, ...]) -> tuple[int, int]:
 
 def base_settings(config: ModelConfig) -> dict[str, Any]:
     """What is stored with an adapter. A base must agree on all but visibility and alignment, which are its own."""
-    return {**config.section(), "rope_theta": config.rope_theta}
+    family = {} if config.family == UNNAMED_FAMILY else {"family": config.family}
+    return {**config.section(), **family, "rope_theta": config.rope_theta}
 
 
 def save_adapter(
@@ -135,8 +137,10 @@ def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None)
     or of another shape.
     """
     peft = read_adapter_config(directory)
-    stored, here = dict(peft.get(SECTION, {})), base_settings(config)
+    stored, here = dict(peft.get(SECTION, {})), base_settings(config) | {"family": config.family}
     wanted = stored.pop(BASE_FINGERPRINT, None)
+    if stored:
+        stored.setdefault("family", UNNAMED_FAMILY)
     if base is not None and wanted is not None and fingerprint(base) != wanted:
         raise InputError(
             f"{directory} was trained on {peft.get('base_model_name_or_path')} with fingerprint {wanted[:12]}, and "
@@ -160,7 +164,7 @@ def load_adapter(directory: Path, config: ModelConfig, base: Path | None = None)
     # target_modules may be a list, a regular expression or "all-linear": the tensors say what it came to.
     targets = tuple(f"{name}_proj" for name in PROJECTIONS if _tensor_name(0, name, "a") in tensors)
     if not targets:
-        raise InputError(f"{directory / ADAPTER_WEIGHTS} adapts no projection of Qwen3: {sorted(tensors)[:3]}")
+        raise InputError(f"{directory / ADAPTER_WEIGHTS} adapts no projection of a layer: {sorted(tensors)[:3]}")
     lora = LoraConfig(
         r=peft["r"],
         alpha=peft["lora_alpha"],

@@ -101,7 +101,7 @@ def find_tensors(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _drop_tied_head(tensors: dict[str, Tensor], errors: list[str]) -> None:
-    """Qwen3-0.6B's own file repeats the embedding as lm_head.weight: fine when equal, an error when not."""
+    """Qwen3-0.6B's own file, and others, repeat the embedding as lm_head.weight: fine when equal, an error when not."""
     head, embed = tensors.pop(BY_NAME["lm_head"].hf, None), tensors.get(BY_NAME["embed"].hf)
     if head is None or embed is None:
         return

@@ -10,7 +10,7 @@ from pd_jax.config import Backend, Remat
 class PlanFlags:
     """scripts/plan.py"""
 
-    model: str = flag("Qwen/Qwen3-4B", "hub id of a Qwen3 (nothing is downloaded), or a directory with config.json")
+    model: str = flag("Qwen/Qwen3-4B", "hub id of a known model (no download), or a directory with config.json")
     topology: str = flag("v5e:4x4", "machine, like v5e:4x4, v5p:2x2x1 or h100:8; it need not exist")
     mesh: tuple[int, ...] = flag((1, -1, 1), "devices along data, fsdp and tensor; -1 takes the rest")
     batch_size: int = flag(16, "rows of a micro-batch, over all devices", minimum=1)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from sources import random_params
 
 import pd_jax.decoding.decoder
 from pd_jax import ParallelDecoder, Sample, SamplingParams, lora
 from pd_jax.attention import dense_attention
-from pd_jax.config import ALIGNMENTS, VISIBILITIES, LoraConfig
+from pd_jax.config import ALIGNMENTS, VISIBILITIES, Llama3Rope, LoraConfig
 from pd_jax.decoding.answers import Transcript
 from pd_jax.decoding.prompts import make_prompt
 from pd_jax.decoding.sampling import Controls, Method, SamplingOptions, cut, distribution, draw
@@ -33,7 +34,7 @@ NEVER = (KNOWN, KNOWN + 1)  # ids that the tokenizer does not have: a branch goe
 
 @cache
 def params(config):
-    tree = init_params(config, jax.random.key(1))
+    tree = random_params(config, jax.random.key(1))
     if config.sibling_bias:
         tree["layers"]["sibling_bias"] = jax.random.normal(jax.random.key(2), tree["layers"]["sibling_bias"].shape)
     return tree
@@ -44,9 +45,9 @@ def decoder(config=PAIRED, eos=NEVER, **settings):
     return ParallelDecoder(config, params(config), tiny.tokenizer(), eos, **settings)
 
 
-def alone(eos=NEVER):
+def alone(eos=NEVER, config=PLAIN):
     """Every branch as if there were no other: what it says depends on nothing but its background and prompt."""
-    return decoder(PLAIN, eos, visibility="isolated", align="ragged")
+    return decoder(config, eos, visibility="isolated", align="ragged")
 
 
 def ids(seed, length):
@@ -133,11 +134,26 @@ def test_the_first_token_stands_in_the_answer_column(align):
         assert (prompt.first + prompt.forced_count)[r, : len(expected)].tolist() == expected.tolist()
 
 
-def test_greedy_equals_transformers_on_every_branch_alone(tmp_path):
+LLAMA3 = Llama3Rope(8.0, 1.0, 4.0, original_max_position_embeddings=16)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="qwen3"),
+        pytest.param({"family": "qwen2"}, id="qwen2", marks=pytest.mark.slow),
+        pytest.param({"family": "qwen2", "tie_word_embeddings": True}, id="qwen2, tied", marks=pytest.mark.slow),
+        pytest.param({"family": "llama", "llama3": LLAMA3, "head_dim": 20}, id="llama3", marks=pytest.mark.slow),
+        pytest.param({"family": "llama", "tie_word_embeddings": True}, id="llama, tied", marks=pytest.mark.slow),
+        pytest.param({"family": "mistral", "rope_theta": 7e4}, id="mistral", marks=pytest.mark.slow),
+    ],
+)
+def test_greedy_equals_transformers_on_every_branch_alone(tmp_path, changes):
+    config = dataclasses.replace(PLAIN, **changes)
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    write_params(tmp_path, params(PLAIN), PLAIN)
-    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(PLAIN)))
+    write_params(tmp_path, params(config), config)
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config)))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
 
     def expected(eos):
@@ -152,11 +168,11 @@ def test_greedy_equals_transformers_on_every_branch_alone(tmp_path):
         return out
 
     # 40 tokens: more than one block, and the cache grows.
-    free = alone().generate(ASKED, max_new_tokens=40)
+    free = alone(config=config).generate(ASKED, max_new_tokens=40)
     assert [branch for result in tokens(free) for branch in result] == expected(NEVER)
     assert {b.finish_reason for r in free for b in r.branches} == {"length"}
     eos = (free[0].branches[0].token_ids[3], free[1].branches[1].token_ids[5])
-    ended = alone(eos).generate(ASKED, max_new_tokens=40)
+    ended = alone(eos, config).generate(ASKED, max_new_tokens=40)
     assert [branch for result in tokens(ended) for branch in result] == expected(eos)
     assert ended[0].branches[0].finish_reason == "eos"
 
@@ -519,8 +535,10 @@ def test_bfloat16():
 
 # --- several devices
 @pytest.mark.slow
-def test_a_model_over_eight_devices_says_the_same(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("qwen2", marks=pytest.mark.slow)])
+def test_a_model_over_eight_devices_says_the_same(tmp_path, monkeypatch, family):
     shape = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 8, "pair_indices": (2, 4)}
+    shape["family"] = family
     config, source = tiny.config(**shape), tiny.model_directory(tmp_path / "source", **shape)
     save_model(tmp_path / "model", params(config), config, source)
     mesh = make_mesh(1, 1, 8)
@@ -528,7 +546,7 @@ def test_a_model_over_eight_devices_says_the_same(tmp_path, monkeypatch):
     for weights in (ours.weights, decoder(config, mesh=mesh).weights):
         layer = weights["layers"][0]
         split = {name for name, w in layer.items() if {s.data.size for s in w.addressable_shards} == {w.size // 8}}
-        assert split == set(PROJECTIONS)
+        assert split == set(PROJECTIONS) | (layer.keys() & {"q_bias", "k_bias", "v_bias"})
         assert {s.data.shape for s in weights["embed"].addressable_shards} == {(336 // 8, 48)}
     expected = decoder(config, ours.eos_ids).generate(ASKED, max_new_tokens=40)
     heads = set()

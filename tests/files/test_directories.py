@@ -2,6 +2,7 @@
 
 import dataclasses
 import filecmp
+import itertools
 import json
 import re
 import subprocess
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from sources import HF_CONFIG, ROOT, convert, make_source, tensors
+from sources import FAMILY_FIELDS, HF_CONFIG, ROOT, convert, make_source, tensors
 
 from pd_jax.config import SECTION
 from pd_jax.errors import InputError
@@ -219,11 +220,23 @@ def test_damaged_checkpoint_is_one_line(source, tmp_path, share):
 
 
 # --- the converters
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_round_trip_of_the_converters_is_bitwise(tmp_path, monkeypatch, tied, dtype):
+ROUND_TRIPS = [  # all of Qwen3's at once, one of each other family
+    pytest.param(
+        family,
+        tied,
+        dtype,
+        id=f"{family}-{'tied' if tied else 'untied'}-{jnp.dtype(dtype).name}",
+        marks=() if family == "qwen3" or (tied, dtype) == (False, jnp.bfloat16) else pytest.mark.slow,
+    )
+    for family, tied, dtype in itertools.product(FAMILY_FIELDS, (True, False), (jnp.float32, jnp.bfloat16))
+]
+
+
+@pytest.mark.parametrize(("family", "tied", "dtype"), ROUND_TRIPS)
+def test_round_trip_of_the_converters_is_bitwise(tmp_path, monkeypatch, family, tied, dtype):
     name = jnp.dtype(dtype).name
-    hf = make_source(tmp_path / "hf", dtype, tie_word_embeddings=tied, torch_dtype=name, unknown_field={"kept": [1.5]})
+    changes = {"tie_word_embeddings": tied, "torch_dtype": name, "unknown_field": {"kept": [1.5]}}
+    hf = make_source(tmp_path / "hf", dtype, **FAMILY_FIELDS[family] | changes)
     convert("hf_to_flax", monkeypatch, "--model", hf, "--output", tmp_path / "ours")
     convert(
         "flax_to_hf", monkeypatch, "--checkpoint", tmp_path / "ours", "--output", tmp_path / "back",
@@ -239,7 +252,9 @@ def test_round_trip_of_the_converters_is_bitwise(tmp_path, monkeypatch, tied, dt
     )
     for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert filecmp.cmp(hf / file, tmp_path / "back" / file, shallow=False), file
-    assert "plain Qwen3 weights" in (tmp_path / "back/README.md").read_text()
+    card = (tmp_path / "back/README.md").read_text()
+    assert f"plain {family.capitalize()} weights" in card
+    assert f"- {family}\n" in card
 
 
 def test_converted_dtype_is_what_the_config_says(source, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib import import_module
 
 import jax
 import jax.numpy as jnp
@@ -17,37 +18,59 @@ from pd_jax.layout import Branch, TokenSample, build_layout
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SHORT = {"original_max_position_embeddings": 64}  # waves of 6 to 1e6 positions: kept, on the ramp, stretched
+
 CASES = {
     "tied": {"tie_word_embeddings": True},
     "untied": {"tie_word_embeddings": False},
     "wide heads": {"tie_word_embeddings": True, "head_dim": 32},
     "theta 5e6": {"tie_word_embeddings": False, "theta": 5e6},
+    "qwen2": {"family": "Qwen2", "tie_word_embeddings": True, "head_dim": None, "theta": 3e5},
+}
+SLOW_CASES = {
+    "qwen2, untied": {"family": "Qwen2", "tie_word_embeddings": False, "head_dim": 32, "theta": 1e6},
+    "qwen2, yarn": {"family": "Qwen2", "head_dim": None, "theta": 7e5, "rope": YARN | SHORT},
+    "llama": {"family": "Llama", "tie_word_embeddings": True, "head_dim": None, "theta": 1.3e5},
+    "llama3": {"family": "Llama", "tie_word_embeddings": False, "head_dim": 16, "theta": 5e5, "rope": LLAMA3 | SHORT},
+    "llama, yarn": {"family": "Llama", "head_dim": 20, "theta": 1e4, "rope": YARN | SHORT},
+    "mistral": {"family": "Mistral", "tie_word_embeddings": False, "head_dim": 32, "theta": 2e4},
 }
 
 
-def make_reference(tie_word_embeddings=True, head_dim=16, theta=1e6):
-    """A random Qwen3 whose norms are not 1, so that a forgotten norm weight shows."""
-    config = transformers.Qwen3Config(
+def make_reference(family="Qwen3", tie_word_embeddings=True, head_dim=16, theta=1e6, rope=None):
+    """A random model whose norms are not 1, and whose biases not 0, so that a forgotten one shows."""
+    more = {"sliding_window": None} if family == "Mistral" else {}
+    more |= {} if head_dim is None else {"head_dim": head_dim}  # else hidden / heads
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=97,
-        hidden_size=48,  # 48 / 4 heads is 12: head_dim is never hidden / heads here
+        hidden_size=48,  # 48 / 4 heads is 12: head_dim is not hidden / heads where it is given
         intermediate_size=80,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=head_dim,
+        max_position_embeddings=512,
         tie_word_embeddings=tie_word_embeddings,
-        rope_parameters={"rope_theta": theta, "rope_type": "default"},
+        rope_parameters={"rope_theta": theta, "rope_type": "default"} | (rope or {}),
         attn_implementation="eager",
+        **more,
     )
     torch.manual_seed(0)
-    reference = transformers.Qwen3ForCausalLM(config).eval()
+    reference = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, weight in reference.named_parameters():
             weight.copy_(torch.randn_like(weight) * (weight.shape[-1] ** -0.5) + (1 if "norm" in name else 0))
     return reference
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+@pytest.fixture(
+    scope="module",
+    params=[
+        *(pytest.param(case, id=name) for name, case in CASES.items()),
+        *(pytest.param(case, id=name, marks=pytest.mark.slow) for name, case in SLOW_CASES.items()),
+    ],
+)
 def pair(request, tmp_path_factory):
     """(transformers' model, our config without branch pairs, our parameters)."""
     reference = make_reference(**request.param)
@@ -126,21 +149,21 @@ def test_rms_norm_in_bfloat16_rounds_before_the_weight(pair):
     reference, config, params = pair
     x = random(2, 5, config.hidden_size) * 7
     got = model.rms_norm(jnp.asarray(x, jnp.bfloat16), params["norm"], config.rms_norm_eps)
-    norm = transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
+    norm = type(reference.model.norm)(config.hidden_size, config.rms_norm_eps)
     norm.load_state_dict(reference.model.norm.state_dict())
     close(got.astype(jnp.float32), norm.bfloat16()(torch.tensor(x).bfloat16()).float(), 0)
 
 
-def test_q_and_k_norm_are_per_head_and_before_rope(pair):
+def test_biases_and_norms_of_q_and_k_are_per_head_and_before_rope(pair):
     reference, config, params = pair
     attention, layer = reference.model.layers[1].self_attn, layer_of(params)
     x = random(2, 5, config.hidden_size)
     shape = (2, 5, -1, config.head_dim)
-    for name in ("q", "k"):
+    for name, got in zip("qkv", model.heads(config, layer, jnp.asarray(x)), strict=True):
         projected = getattr(attention, f"{name}_proj")(torch.tensor(x)).view(shape)
-        want = getattr(attention, f"{name}_norm")(projected)
-        got = model.rms_norm(model.project(jnp.asarray(x), layer, name), layer[f"{name}_norm"], config.rms_norm_eps)
-        close(got, want)
+        norm = getattr(attention, f"{name}_norm", None)
+        assert (norm is not None) == (config.family == "qwen3" and name != "v")
+        close(got, projected if norm is None else norm(projected))
 
 
 def test_rope_tables_and_rotation(pair):
@@ -151,7 +174,7 @@ def test_rope_tables_and_rotation(pair):
     want_cos, want_sin = reference.model.rotary_emb(torch.tensor(x), torch.tensor(positions))
     close(jnp.concatenate([cos, cos], -1), want_cos, 2e-5)  # an angle of 300 has 24 bits: 2e-5
     close(jnp.concatenate([sin, sin], -1), want_sin, 2e-5)
-    apply = transformers.models.qwen3.modeling_qwen3.apply_rotary_pos_emb
+    apply = import_module(type(reference).__module__).apply_rotary_pos_emb
     heads_first = torch.tensor(x).transpose(1, 2)
     want, _ = apply(heads_first, heads_first, want_cos, want_sin)
     close(rotate(jnp.asarray(x), cos, sin), want.transpose(1, 2), 1e-4)
@@ -163,12 +186,8 @@ def test_attention(pair):
     coordinates, positions = plain_coordinates(layout)
     x = random(*layout.tokens.shape, config.hidden_size)
     rope = rope_tables(config, coordinates.branch, coordinates.column)
-    q, k = (
-        rotate(model.rms_norm(model.project(jnp.asarray(x), layer, n), layer[f"{n}_norm"], config.rms_norm_eps), *rope)
-        for n in ("q", "k")
-    )
-    v = model.project(jnp.asarray(x), layer, "v")
-    got = model.project(make_attention(coordinates)(q, k, v), layer, "o")
+    q, k, v = model.heads(config, layer, jnp.asarray(x))
+    got = model.project(make_attention(coordinates)(rotate(q, *rope), rotate(k, *rope), v), layer, "o")
     causal = torch.full((layout.tokens.shape[1],) * 2, torch.finfo(torch.float32).min).triu(1)
     want, _ = reference.model.layers[1].self_attn(
         torch.tensor(x), reference.model.rotary_emb(torch.tensor(x), positions), causal[None, None]
@@ -214,7 +233,7 @@ def test_head(pair):
     close(model.logits(params, jnp.asarray(hidden)), reference.lm_head(torch.tensor(hidden)))
 
 
-def test_one_branch_is_plain_qwen3(pair):
+def test_one_branch_is_the_plain_model(pair):
     reference, config, params = pair
     layout = one_branch()
     with torch.no_grad():
@@ -242,18 +261,24 @@ def test_both_config_generations_give_the_same_model(pair):
     new = json.loads(reference.config.to_json_string(use_diff=False))
     assert "rope_parameters" in new
     old = {key: value for key, value in new.items() if key not in ("rope_parameters", "dtype")}
-    old |= {"rope_theta": new["rope_parameters"]["rope_theta"], "rope_scaling": None, "torch_dtype": "float32"}
+    rope = dict(new["rope_parameters"])
+    old |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": "float32"}
+    old["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
     assert config_from_hf(new, ()) == config_from_hf(old, ()) == config
 
 
-# --- YaRN, as Qwen3's model cards switch it on
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-
-
-@pytest.mark.parametrize("generation", ["rope_scaling", "rope_parameters"])
-def test_yarn_tables_equal_transformers_everywhere(generation):
+# --- stretched RoPE: YaRN, as Qwen3's model cards switch it on, and Llama 3's
+@pytest.mark.parametrize(
+    ("generation", "family", "scaling"),
+    [
+        ("rope_scaling", "qwen3", YARN),
+        ("rope_parameters", "qwen3", YARN),
+        ("rope_parameters", "llama", LLAMA3 | {"original_max_position_embeddings": 8192}),
+    ],
+)
+def test_stretched_tables_equal_transformers_everywhere(generation, family, scaling):
     shape = {
-        "model_type": "qwen3",
+        "model_type": family,
         "vocab_size": 97,
         "hidden_size": 64,
         "intermediate_size": 80,
@@ -264,11 +289,12 @@ def test_yarn_tables_equal_transformers_everywhere(generation):
         "max_position_embeddings": 40960,
     }
     if generation == "rope_scaling":
-        hf = shape | {"rope_theta": 1000000, "rope_scaling": YARN}
+        hf = shape | {"rope_theta": 1000000, "rope_scaling": scaling}
     else:
-        hf = shape | {"rope_parameters": {"rope_theta": 1000000, **YARN}}
+        hf = shape | {"rope_parameters": {"rope_theta": 1000000, **scaling}}
     config = config_from_hf(hf, ())
-    rotary = transformers.models.qwen3.modeling_qwen3.Qwen3RotaryEmbedding(transformers.Qwen3Config.from_dict(dict(hf)))
+    theirs = transformers.AutoConfig.for_model(**hf)
+    rotary = transformers.AutoModelForCausalLM.from_config(theirs).model.rotary_emb
     frequency, scale = inverse_frequencies(config)
     assert scale == pytest.approx(rotary.attention_scaling, abs=0)
     np.testing.assert_allclose(frequency, rotary.inv_freq.numpy(), rtol=2e-7)

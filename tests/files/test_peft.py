@@ -4,28 +4,51 @@ Logits are compared: a wrong key only warns in PEFT.
 """
 
 import json
+from functools import cache
 
 import jax
 import numpy as np
 import pytest
 from adapters import CHOICES, LAYOUT, close, ours, random_adapters
 from safetensors.numpy import load_file, save_file
-from sources import convert, make_source, tensors
+from sources import FAMILY_FIELDS, convert, make_source, tensors
 
 from pd_jax.config import SECTION, LoraConfig
 from pd_jax.files import load_adapter, load_config, load_params, save_adapter, save_model
 from pd_jax.params import init_params
 
+OTHERS = ("qwen2", "llama", "mistral")
+
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_source(tmp_path_factory.mktemp("lora") / "hf")
+def make_base(tmp_path_factory):
+    """A directory of a family, made once."""
+    return cache(lambda family: make_source(tmp_path_factory.mktemp("lora") / "hf", **FAMILY_FIELDS[family]))
+
+
+@pytest.fixture(scope="module")
+def base(make_base):
+    return make_base("qwen3")
+
+
+# Every choice with Qwen3; adapters on projections with biases at once, the rest when there is time.
+FAMILY_CHOICES = [
+    *(pytest.param("qwen3", *choice, id=str(choice)) for choice in CHOICES),
+    pytest.param("qwen2", *CHOICES[0], id="qwen2"),
+    *(
+        pytest.param(family, *choice, id=f"{family}-{number}", marks=pytest.mark.slow)
+        for family in OTHERS
+        for number, choice in enumerate(CHOICES)
+        if (family, number) != ("qwen2", 0)
+    ),
+]
 
 
 # --- PEFT's files
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
-@pytest.mark.parametrize(("targets", "rslora"), CHOICES, ids=str)
-def test_ours_in_peft(base, tmp_path, targets, rslora):
+@pytest.mark.parametrize(("family", "targets", "rslora"), FAMILY_CHOICES)
+def test_ours_in_peft(make_base, tmp_path, family, targets, rslora):
+    base = make_base(family)
     torch, peft, transformers = map(pytest.importorskip, ("torch", "peft", "transformers"))
     config = load_config(base, ())
     params, lora = load_params(base, config), LoraConfig(r=4, alpha=6, target_modules=targets, rslora=rslora)
@@ -44,9 +67,16 @@ def test_ours_in_peft(base, tmp_path, targets, rslora):
 
 
 @pytest.mark.parametrize(
-    ("targets", "rslora"), [*CHOICES, ("all-linear", True), (r".*self_attn\.[qk]_proj", False)], ids=str
+    ("family", "targets", "rslora"),
+    [
+        *FAMILY_CHOICES[:3],
+        ("qwen3", "all-linear", True),
+        ("qwen3", r".*self_attn\.[qk]_proj", False),
+        *(pytest.param(family, "all-linear", False, marks=pytest.mark.slow) for family in OTHERS),
+    ],
 )
-def test_peft_in_ours(base, tmp_path, targets, rslora):
+def test_peft_in_ours(make_base, tmp_path, family, targets, rslora):
+    base = make_base(family)
     torch, peft, transformers = map(pytest.importorskip, ("torch", "peft", "transformers"))
     torch.manual_seed(0)
     settings = peft.LoraConfig(
@@ -69,8 +99,10 @@ def test_peft_in_ours(base, tmp_path, targets, rslora):
     assert np.abs(want - ours(params, config)).max() > 1e-2
 
 
-def test_merge_and_export_equals_peft(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_merge_and_export_equals_peft(make_base, tmp_path, monkeypatch, family):
     """Our adapter, merged and exported by flax_to_hf, against PEFT's own merge of it; the settings come along."""
+    base = make_base(family)
     peft, transformers = map(pytest.importorskip, ("peft", "transformers"))
     config = load_config(base, (3, 5))
     lora = LoraConfig(r=4, alpha=6)
@@ -83,9 +115,12 @@ def test_merge_and_export_equals_peft(base, tmp_path, monkeypatch):
         )
     want = model.merge_and_unload().state_dict()
     got = tensors(tmp_path / "merged")
-    assert got.keys() == want.keys() - {"lm_head.weight"}
+    assert got.keys() == want.keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     for name, tensor in got.items():
         close(tensor, want[name].numpy(), 1e-6)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(loaded).__name__.lower() == f"{family}forcausallm"
+    assert all(np.array_equal(loaded.state_dict()[name].numpy(), tensor) for name, tensor in got.items())
 
 
 def test_adapter_over_a_pd_jax_checkpoint(base, tmp_path, monkeypatch):
@@ -119,6 +154,9 @@ def test_base_that_contradicts_is_refused_with_both_values(base, tmp_path):
     stored = load_config(tmp_path / "ours", adapter=tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"pair_indices is \[3, 5\] in the adapter and \[2, 4\] in the base"):
         load_adapter(tmp_path / "adapter", stored)
+    qwen2 = make_source(tmp_path / "qwen2", **FAMILY_FIELDS["qwen2"] | {"rope_theta": 1000000})
+    with pytest.raises(ValueError, match="family is 'qwen3' in the adapter and 'qwen2' in the base"):
+        load_adapter(tmp_path / "adapter", load_config(qwen2, (3, 5)))
     theta = make_source(tmp_path / "theta", rope_theta=5000000)
     with pytest.raises(ValueError, match=r"rope_theta is 1000000.0 in the adapter and 5000000.0 in the base"):
         load_adapter(tmp_path / "adapter", load_config(theta, (3, 5)))

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from pd_jax.decoding import BLOCK, Method, Program, cache_bytes, decode_block, prefill
-from pd_jax.files import known_config
+from pd_jax.files import config_from_hf, config_to_hf, known_config
 from pd_jax.machines import GIB, MACHINES
 from pd_jax.params import parameter_count
 from pd_jax.planning import PlanFlags
@@ -85,6 +85,30 @@ def test_unknown_models_list_the_known_ones():
     with pytest.raises(ValueError, match=r"'Qwen/Qwen3-5B' is not known here; .* Qwen/Qwen3-4B, "):
         known_config("Qwen/Qwen3-5B")
     assert 4.0e9 < parameter_count(known_config("Qwen/Qwen3-4B")) < 4.1e9
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Qwen/Qwen3-0.6B", 596_049_920),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("Qwen/Qwen2.5-0.5B", 494_032_768),
+        ("Qwen/Qwen2.5-1.5B", 1_543_714_304),
+        ("Qwen/Qwen2.5-3B", 3_085_938_688),
+        ("Qwen/Qwen2.5-7B", 7_615_616_512),
+        ("meta-llama/Llama-3.2-1B", 1_235_814_400),
+        ("meta-llama/Llama-3.2-3B", 3_212_749_824),
+        ("meta-llama/Llama-3.1-8B", 8_030_261_248),
+        ("HuggingFaceTB/SmolLM2-135M", 134_515_008),
+        ("HuggingFaceTB/SmolLM2-360M", 361_821_120),
+        ("HuggingFaceTB/SmolLM2-1.7B", 1_711_376_384),
+    ],
+)
+def test_published_sizes(name, parameters):
+    """As the model cards count them."""
+    config = known_config(name)
+    assert parameter_count(config) == parameters
+    assert config_from_hf(config_to_hf(config)) == config
 
 
 def test_the_report_says_by_how_much_it_does_not_fit():

@@ -3,7 +3,7 @@
 import pytest
 
 from pd_jax.config import SECTION, ModelConfig, Yarn, default_pairs
-from pd_jax.files import config_from_hf, config_to_hf
+from pd_jax.files import config_from_hf, config_to_hf, known_config
 
 # Qwen3-4B-Instruct-2507 as the hub has it (transformers 4 style).
 HUB = {
@@ -42,6 +42,73 @@ RESAVED |= {
     "rope_parameters": {"rope_theta": 5000000, "rope_type": "default"},
     "transformers_version": "5.23.0",
 }
+
+
+# Fields that matter of other families' files on the hub.
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 896,
+    "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2",
+    "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "head_dim": 64,
+    "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 8192, "max_position_embeddings": 131072,
+    "mlp_bias": False, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16,
+    "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "tie_word_embeddings": True, "vocab_size": 128256,
+}  # fmt: skip
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 4096,
+    "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+    "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 32768,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("hf", "name"), [(QWEN2, "Qwen/Qwen2.5-0.5B"), (LLAMA, "meta-llama/Llama-3.2-1B")])
+def test_other_families_are_read_as_published(hf, name):
+    """Without a head_dim it is hidden_size / heads; a window that is not in use does not matter."""
+    assert config_from_hf(hf) == known_config(name)
+
+
+def test_mistral_without_a_window():
+    config = config_from_hf(MISTRAL)
+    assert (config.family, config.head_dim, config.tie_word_embeddings) == ("mistral", 128, False)
+    assert config_from_hf(config_to_hf(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("hf", "change", "message"),
+    [
+        (QWEN2, {"use_sliding_window": True}, "use_sliding_window is True"),
+        (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types has \['sliding_attention'\]"),
+        (QWEN2, {"architectures": ["Qwen3ForCausalLM"]}, r"only \['Qwen2ForCausalLM'\] is supported"),
+        (QWEN2, {"rope_scaling": LLAMA["rope_scaling"]}, "rope_type is 'llama3', only 'default', 'yarn' are supported"),
+        (LLAMA, {"attention_bias": True}, "attention_bias is True"),
+        (LLAMA, {"mlp_bias": True}, "mlp_bias is True"),
+        (LLAMA, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing .llama3 needs"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        (LLAMA, {"hidden_size": None, "head_dim": None}, "hidden_size is missing; head_dim is missing"),
+        (MISTRAL, {"sliding_window": 4096}, "sliding_window is 4096, only null is supported"),
+        (MISTRAL, {"model_type": "mixtral"}, "model_type is 'mixtral', only 'qwen3', 'qwen2', 'llama', 'mistral' are"),
+    ],
+)
+def test_what_other_families_do_not_support_is_named(hf, change, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(hf | change)
+
+
+def test_a_mistral_that_says_nothing_has_a_window():
+    with pytest.raises(ValueError, match=r"sliding_window is missing, i\.e\. 4096, only null is supported"):
+        config_from_hf({key: value for key, value in MISTRAL.items() if key != "sliding_window"})
 
 
 def test_both_generations():
