@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pd_jax.errors import InputError
+from pd_jax.errors import InputError, check_whole
 
 Visibility = Literal["columns", "isolated", "prompts"]
 VISIBILITIES: tuple[Visibility, ...] = ("columns", "isolated", "prompts")
@@ -94,6 +94,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim {self.head_dim} is odd; RoPE turns pairs of dimensions")
+        object.__setattr__(self, "pair_indices", tuple(check_whole(p, "pair_indices") for p in self.pair_indices))
         half = self.head_dim // 2
         wrong = [p for p in self.pair_indices if not 1 <= p <= half]
         if wrong:
@@ -148,7 +149,7 @@ class ModelConfig:
             rope_theta=theta,
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=hf.get("tie_word_embeddings", False),
-            max_position_embeddings=hf.get("max_position_embeddings", 32768),
+            max_position_embeddings=hf.get("max_position_embeddings") or 32768,
             yarn=yarn,
             pair_indices=chosen,
             branch_stride=ours.get("branch_stride", 1.0),
@@ -156,6 +157,12 @@ class ModelConfig:
             visibility=ours.get("visibility"),
             align=ours.get("align"),
         )
+
+    @property
+    def most_columns(self) -> int:
+        """max_position_embeddings, or what YaRN makes of it: Qwen3's model card says to add rope_scaling only."""
+        stretched = 0 if self.yarn is None else int(self.yarn.factor * self.yarn.original_max_position_embeddings)
+        return max(self.max_position_embeddings, stretched)
 
     @property
     def decoded_as(self) -> tuple[Visibility, Align]:
@@ -280,5 +287,6 @@ def _read_rope(hf: Mapping[str, Any], errors: list[str]) -> tuple[float, Yarn | 
     elif kind == "yarn" and "factor" not in rope:
         errors.append("rope_parameters.factor is missing (yarn needs it)")
     elif kind == "yarn":
-        return theta, Yarn(**{"original_max_position_embeddings": hf.get("max_position_embeddings", 32768)} | rope)
+        longest: Any = hf.get("max_position_embeddings") or 32768
+        return theta, Yarn(**{"original_max_position_embeddings": longest} | rope)
     return theta, None

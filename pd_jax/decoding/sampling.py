@@ -1,8 +1,9 @@
 """How the next token is drawn: the arguments a caller gives, and pure functions of logits [..., V]."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -48,24 +49,32 @@ class SamplingParams:
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        checks = {
-            "temperature": (0 < self.temperature < math.inf, "above 0 (for the likeliest token use do_sample=False)"),
-            "top_k": (self.top_k >= 0 and self.top_k == int(self.top_k), "a whole number, 0 (off) or above"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
-            "seed": (0 <= self.seed < 2**32, "in 0..2**32-1"),
-            "stop": (not isinstance(self.stop, str) and all(self.stop), "a list of strings that are not empty"),
-        }
-        for name, (right, wanted) in checks.items():
-            if not right:
-                raise InputError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+        rules: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+            "do_sample": (bool, lambda v: True, "True or False"),
+            "temperature": (Real, lambda v: 0 < v < math.inf, "above 0 (for the likeliest token use do_sample=False)"),
+            "top_k": (Integral, lambda v: v >= 0, "a whole number, 0 (off) or above"),
+            "top_p": (Real, lambda v: 0 < v <= 1, "in (0, 1]"),
+            "min_p": (Real, lambda v: 0 <= v <= 1, "in [0, 1]"),
+            "repetition_penalty": (Real, lambda v: 0 < v < math.inf, "above 0 (1 is off)"),
+            "seed": (Integral, lambda v: 0 <= v < 2**32, "a whole number in 0..2**32-1"),
+            "stop": (Sequence, lambda v: all(isinstance(s, str) and s for s in v) and not isinstance(v, str),
+                     "a list of strings that are not empty"),
+        }  # fmt: skip
+        for field in fields(self):
+            value = getattr(self, field.name)
+            value = field.default if value is None else value.item() if isinstance(value, np.generic) else value
+            kind, right, wanted = rules.get(field.name, (object, lambda v: True, ""))
+            if not isinstance(value, kind) or (kind in (Real, Integral) and value is bool(value)) or not right(value):
+                raise InputError(f"{field.name} is {value!r}; it must be {wanted}")
+            object.__setattr__(self, field.name, value)
 
     @classmethod
     def of(cls, params: "SamplingParams | None", options: SamplingOptions) -> "SamplingParams":
         """`params`, or those that `options` say. Raises `InputError` when both are given."""
         if params is not None and options:
             raise InputError(f"params and {', '.join(options)} were both given; put everything into params")
+        if not isinstance(params, SamplingParams | None):
+            raise InputError(f"params is {params!r}; pass SamplingParams(max_new_tokens=32) or the like")
         return cls(**options) if params is None else params
 
     def method(self) -> "Method":
