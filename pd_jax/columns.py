@@ -123,15 +123,21 @@ def prefix_ends(coordinates: Coordinates) -> tuple[Array, Array]:
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """Qwen3's inv_freq, float32 [head_dim/2] (radians a column), and the factor on cos and sin (1 without YaRN).
+    """RoPE's inv_freq, float32 [head_dim/2] (radians a column), and the factor on cos and sin (1 without YaRN).
 
-    Source: `transformers.modeling_rope_utils._compute_yarn_parameters` and Qwen3RotaryEmbedding.
+    Source: `_compute_yarn_parameters` and `_compute_llama3_parameters` of `transformers.modeling_rope_utils`, and
+    Qwen3RotaryEmbedding.
     """
     dim, theta = config.head_dim, config.rope_theta
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     frequency = (theta ** exponent.astype(np.float64)).astype(np.float32)
     plain = np.float32(1) / frequency
-    yarn = config.yarn
+    yarn, llama3 = config.yarn, config.llama3
+    if llama3 is not None:  # waves that fit into the original length stay, the longest are stretched, between a ramp
+        low, span = llama3.low_freq_factor, llama3.high_freq_factor - llama3.low_freq_factor
+        turns = llama3.original_max_position_embeddings / (2 * np.float32(math.pi) / plain)
+        keep = np.clip((turns - np.float32(low)) / np.float32(span), 0, 1).astype(np.float32)
+        return (1 - keep) * plain / np.float32(llama3.factor) + keep * plain, 1.0
     if yarn is None:
         return plain, 1.0
 
@@ -155,7 +161,7 @@ def rope_tables(config: ModelConfig, branch: Array, column: Array) -> tuple[Arra
     """cos and sin of the interleaved 2D RoPE, float32 [..., head_dim/2], from int32 coordinates [...].
 
     The 1st, 3rd, 5th... entry of `config.pair_indices` (1-based frequency indices) turns with `branch_stride * branch`;
-    every other pair turns with the column. `()` is exactly Qwen3 with position_ids = column.
+    every other pair turns with the column. `()` is exactly transformers' RoPE with position_ids = column.
     """
     inv_freq, scale = inverse_frequencies(config)
     turns_with_branch = np.zeros(config.head_dim // 2, bool)

@@ -1,4 +1,5 @@
-"""The decoder-only transformer: Qwen3 (https://arxiv.org/abs/2505.09388; `transformers.models.qwen3`) over layouts.
+"""The decoder-only transformer over layouts: Qwen3 (https://arxiv.org/abs/2505.09388; `transformers.models.qwen3`), and
+the families of `pd_jax.config` that differ from it in which weights they have.
 
 Axes: B batch, T query, S key, N heads, K kv heads, H head_dim, D hidden, F mlp, V vocab, L layers, R LoRA rank.
 Pure functions of plain dicts of arrays (`pd_jax.params`); the layers of a kind are stacked along L: training scans over
@@ -90,10 +91,12 @@ def block(
     norm = partial(rms_norm, eps=config.rms_norm_eps)
     linear = partial(project, layer=layer) if linear is None else linear
     h = norm(x, layer["attn_norm"])
-    q = rotate(norm(linear(h, name="q"), layer["q_norm"]), *rope)  # [B, T, N, H]
-    k = rotate(norm(linear(h, name="k"), layer["k_norm"]), *rope)  # [B, T, K, H]
-    v = linear(h, name="v")
-    x = x + linear(attend(q, k, v, layer.get("sibling_bias")), name="o")
+    q, k, v = (linear(h, name=name) for name in ("q", "k", "v"))  # [B, T, N, H] and twice [B, T, K, H]
+    if "q_bias" in layer:
+        q, k, v = (y + layer[name].astype(y.dtype) for y, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias")))
+    if "q_norm" in layer:
+        q, k = norm(q, layer["q_norm"]), norm(k, layer["k_norm"])
+    x = x + linear(attend(rotate(q, *rope), rotate(k, *rope), v, layer.get("sibling_bias")), name="o")
     h = norm(x, layer["mlp_norm"])
     return x + linear(jax.nn.silu(linear(h, name="gate")) * linear(h, name="up"), name="down")
 

@@ -94,14 +94,25 @@ class Weight:
         return P(*map(split, self.letters)) if len(self.letters) > 1 else P()
 
 
+def _has_qkv_bias(config: ModelConfig) -> bool:
+    return config.has.qkv_bias
+
+
+def _has_qk_norm(config: ModelConfig) -> bool:
+    return config.has.qk_norm
+
+
 WEIGHTS = (
     Weight("embed", "VD", "model.embed_tokens.weight", in_layers=False),
     Weight("attn_norm", "D", "input_layernorm.weight", start=1.0, decays=False),
     Weight("q", "D->NH", "self_attn.q_proj.weight"),
     Weight("k", "D->KH", "self_attn.k_proj.weight"),
     Weight("v", "D->KH", "self_attn.v_proj.weight"),
-    Weight("q_norm", "H", "self_attn.q_norm.weight", start=1.0, decays=False),
-    Weight("k_norm", "H", "self_attn.k_norm.weight", start=1.0, decays=False),
+    Weight("q_bias", "NH", "self_attn.q_proj.bias", start=0.0, decays=False, exists=_has_qkv_bias),
+    Weight("k_bias", "KH", "self_attn.k_proj.bias", start=0.0, decays=False, exists=_has_qkv_bias),
+    Weight("v_bias", "KH", "self_attn.v_proj.bias", start=0.0, decays=False, exists=_has_qkv_bias),
+    Weight("q_norm", "H", "self_attn.q_norm.weight", start=1.0, decays=False, exists=_has_qk_norm),
+    Weight("k_norm", "H", "self_attn.k_norm.weight", start=1.0, decays=False, exists=_has_qk_norm),
     Weight("o", "NH->D", "self_attn.o_proj.weight"),
     Weight("mlp_norm", "D", "post_attention_layernorm.weight", start=1.0, decays=False),
     Weight("gate", "D->F", "mlp.gate_proj.weight"),

@@ -4,6 +4,7 @@ Looking is worth nothing where this says that nobody looks. The shares come from
 of all pairs in memory: for a few rows, not for training.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -19,6 +20,27 @@ from pd_jax.params import Params
 PLACES = ("background", "own branch", "siblings")  # the last axis of `attention_mass`
 
 
+def watching(coordinates: Coordinates, visibility: RowVisibility) -> tuple[Callable[..., Array], list[Array]]:
+    """Attention for `model.block` over rows [B, T], and the list that every call appends its mean shares to: those of
+    the tokens that stand in branches, float32 [B, N, 3] in the order of `PLACES`; NaN in a row without any."""
+    mask = column_mask(coordinates, coordinates, visibility)
+    siblings = sibling_mask(coordinates, coordinates)
+    background = jnp.broadcast_to((coordinates.branch == 0)[:, None, :], mask.shape)
+    places = jnp.stack([background, ~background & ~siblings, siblings], axis=-1).astype(jnp.float32)  # [B, T, S, 3]
+    asking = (coordinates.valid & (coordinates.branch > 0)).astype(jnp.float32)  # [B, T]
+    asking /= jnp.sum(asking, axis=1, keepdims=True)
+    seen: list[Array] = []
+
+    def attend(q: Array, k: Array, v: Array, sibling_bias: Array | None = None) -> Array:
+        bias = None if sibling_bias is None else sibling_scores(siblings, sibling_bias)
+        weights = attention_weights(q, k, mask, bias)
+        shares = jnp.einsum("bkgts,btsp,bt->bkgp", weights, places, asking)
+        seen.append(shares.reshape(len(q), -1, len(PLACES)))
+        return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v).reshape(q.shape)
+
+    return attend, seen
+
+
 @partial(jax.jit, static_argnames=("config", "visibility", "lora"))
 def attention_mass(
     params: Params,
@@ -30,30 +52,18 @@ def attention_mass(
     adapters: Params | None = None,
     lora: LoraConfig | None = None,
 ) -> Array:
-    """Mean shares of the attention of tokens that stand in branches, float32 [L, N, 3] in the order of `PLACES`.
+    """Mean shares of the attention of every row's tokens that stand in branches, float32 [B, L, N, 3] in the order of
+    `PLACES`; they sum to 1, and are NaN in a row without branches.
 
-    tokens int32 [B, T] with their coordinates; adapters and lora as in `model.forward`. The three shares sum to 1; NaN
-    when no token stands in a branch.
+    tokens int32 [B, T] with their coordinates; adapters and lora as in `model.forward`. For the weights of a decoder
+    see `ParallelDecoder.attention`.
     """
-    mask = column_mask(coordinates, coordinates, visibility)
-    siblings = sibling_mask(coordinates, coordinates)
-    background = jnp.broadcast_to((coordinates.branch == 0)[:, None, :], mask.shape)
-    places = jnp.stack([background, ~background & ~siblings, siblings], axis=-1).astype(jnp.float32)  # [B, T, S, 3]
-    asking = (coordinates.valid & (coordinates.branch > 0)).astype(jnp.float32)  # [B, T]
     rope = rope_tables(config, coordinates.branch, coordinates.column)
 
     def layer_step(x: Array, xs: tuple[Params, Params | None]) -> tuple[Array, Array]:
         layer, adapter = xs
-        seen: list[Array] = []
-
-        def attend(q: Array, k: Array, v: Array, sibling_bias: Array | None = None) -> Array:
-            bias = None if sibling_bias is None else sibling_scores(siblings, sibling_bias)
-            weights = attention_weights(q, k, mask, bias)
-            seen.append(jnp.einsum("bkgts,btsp,bt->kgp", weights, places, asking) / jnp.sum(asking))
-            return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v).reshape(q.shape)
-
+        attend, seen = watching(coordinates, visibility)
         linear = partial(project, layer=layer, adapter=adapter, lora=lora)
-        x = block(config, layer, x, rope=rope, attend=attend, linear=linear)
-        return x, seen[0].reshape(config.num_attention_heads, len(PLACES))
+        return block(config, layer, x, rope=rope, attend=attend, linear=linear), seen[0]
 
-    return jax.lax.scan(layer_step, params["embed"][tokens], (params["layers"], adapters))[1]
+    return jnp.moveaxis(jax.lax.scan(layer_step, params["embed"][tokens], (params["layers"], adapters))[1], 0, 1)

@@ -3,6 +3,7 @@
     python scripts/benchmark.py attention                      # backends against plain causal attention, and torch
     python scripts/benchmark.py attention --tokens 4096 --dtype bfloat16 --heads 32 --kv-heads 8 --head-dim 128
     python scripts/benchmark.py decode                         # columns against transformers, one by one and batched
+    python scripts/benchmark.py columns                        # a job split over branches against one branch
     python scripts/benchmark.py decode --model Qwen/Qwen3-0.6B --threads 2 --background 128 1024 --output decode.json
 """  # fmt: skip
 
@@ -10,12 +11,21 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from pd_jax.benchmarks import AttentionFlags, DecodeFlags, keep_to, time_attention, time_decoding
+from pd_jax.benchmarks import (
+    AttentionFlags,
+    ColumnsFlags,
+    DecodeFlags,
+    keep_to,
+    time_attention,
+    time_columns,
+    time_decoding,
+)
 from pd_jax.cli import parse, run
 from pd_jax.errors import InputError
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "attention": (AttentionFlags, time_attention),
+    "columns": (ColumnsFlags, time_columns),
     "decode": (DecodeFlags, time_decoding),
 }
 

@@ -22,8 +22,7 @@ def main() -> None:
     }
     from pathlib import Path
 
-    from pd_jax.config import known_config
-    from pd_jax.files import load_config
+    from pd_jax.files import known_config, load_config
     from pd_jax.planning import plan_decoding, plan_training, report
 
     config = load_config(Path(flags.model)) if Path(flags.model).is_dir() else known_config(flags.model)

@@ -11,8 +11,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from pd_jax.config import ModelConfig
-from pd_jax.files import write_params
+from pd_jax.files import config_from_hf, write_params
 from pd_jax.params import init_params
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +56,7 @@ def make_source(directory, dtype=jnp.float32, seed=0, **changes):
     vocab = {f"w{i}": i for i in range(60)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2", pad_token="w1").save_pretrained(directory)
-    config = ModelConfig.from_hf(hf, ())
+    config = config_from_hf(hf, ())
     write_params(directory, init_params(config, jax.random.key(seed), dtype), config)
     return directory
 

@@ -3,6 +3,7 @@
 import pytest
 
 from pd_jax.config import SECTION, ModelConfig, Yarn
+from pd_jax.files import config_from_hf, config_to_hf
 
 # Qwen3-4B-Instruct-2507 as the hub has it (transformers 4 style).
 HUB = {
@@ -44,8 +45,8 @@ RESAVED |= {
 
 
 def test_both_generations():
-    config = ModelConfig.from_hf(HUB)
-    assert config == ModelConfig.from_hf(RESAVED)
+    config = config_from_hf(HUB)
+    assert config == config_from_hf(RESAVED)
     assert (config.rope_theta, config.head_dim, config.num_key_value_heads) == (5e6, 128, 8)
     assert (config.yarn, config.tie_word_embeddings, config.pair_indices) == (None, True, (8, 16, 24))
 
@@ -64,7 +65,7 @@ def test_both_generations():
     ],
 )  # fmt: skip
 def test_yarn_in_all_its_spellings(where):
-    assert ModelConfig.from_hf(HUB | where).yarn == Yarn(factor=4.0, original_max_position_embeddings=32768)
+    assert config_from_hf(HUB | where).yarn == Yarn(factor=4.0, original_max_position_embeddings=32768)
 
 
 @pytest.mark.parametrize("yarn", [None, Yarn(factor=4.0, original_max_position_embeddings=32768)])
@@ -74,13 +75,15 @@ def test_our_own_file_is_read_back(yarn):
         num_key_value_heads=2, head_dim=16, rope_theta=1e6, yarn=yarn, pair_indices=(3, 5), branch_stride=2.0,
         sibling_bias=True,
     )  # fmt: skip
-    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert config_from_hf(config_to_hf(config)) == config
 
 
 def test_original_fields_stay_as_they_are():
-    config = ModelConfig.from_hf(HUB, (3, 5))
-    assert config.to_hf(HUB) == HUB | {SECTION: {"pair_indices": [3, 5], "branch_stride": 1.0, "sibling_bias": False}}
-    assert ModelConfig.from_hf(config.to_hf(HUB)) == config
+    config = config_from_hf(HUB, (3, 5))
+    assert config_to_hf(config, HUB) == HUB | {
+        SECTION: {"pair_indices": [3, 5], "branch_stride": 1.0, "sibling_bias": False}
+    }
+    assert config_from_hf(config_to_hf(config, HUB)) == config
 
 
 @pytest.mark.parametrize(
@@ -111,11 +114,11 @@ def test_original_fields_stay_as_they_are():
 )
 def test_what_is_not_supported_is_named(change, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_hf(HUB | change)
+        config_from_hf(HUB | change)
 
 
 def test_all_that_is_wrong_is_named_at_once():
     with pytest.raises(ValueError, match=r"hidden_act is 'gelu'.*attention_bias is True.*vocab_size is missing"):
-        ModelConfig.from_hf(
+        config_from_hf(
             {k: v for k, v in HUB.items() if k != "vocab_size"} | {"attention_bias": True, "hidden_act": "gelu"}
         )

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from pd_jax.config import ModelConfig
+from pd_jax.files import config_to_hf
 
 TEXTS = [
     "Context: The tower is red and the river is long. Question: What colour is the tower? Answer: red",
@@ -48,7 +49,7 @@ def config(**changes) -> ModelConfig:
 def model_directory(directory: Path, **changes) -> Path:
     """config.json and a tokenizer, for --random-init."""
     directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(config(**changes).to_hf()))
+    (directory / "config.json").write_text(json.dumps(config_to_hf(config(**changes))))
     tokenizer().save_pretrained(directory)
     return directory
 

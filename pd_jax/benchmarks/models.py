@@ -9,7 +9,8 @@ from typing import Any
 
 def shape_of(model: str) -> Any:
     """A `ModelConfig` that transformers can compute too: a Qwen3's by its hub id, or "29m"."""
-    from pd_jax.config import ModelConfig, known_config
+    from pd_jax.config import ModelConfig
+    from pd_jax.files import known_config
 
     if model != "29m":
         return replace(known_config(model), pair_indices=())
@@ -31,11 +32,11 @@ def in_transformers(config: Any, params: Any, dtype: str, device: str) -> Any:
     """The same weights as a transformers model."""
     import transformers
 
-    from pd_jax.files import write_params
+    from pd_jax.files import config_to_hf, write_params
 
     with tempfile.TemporaryDirectory() as directory:
         write_params(Path(directory), params, config)
-        Path(directory, "config.json").write_text(json.dumps(config.to_hf()))
+        Path(directory, "config.json").write_text(json.dumps(config_to_hf(config)))
         transformers.logging.disable_progress_bar()
         return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device)
 

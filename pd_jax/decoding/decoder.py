@@ -39,6 +39,7 @@ from pd_jax.decoding.steps import (
     decode_block,
     enlarge,
     prefill,
+    row_attention,
     row_logits,
     unstack,
 )
@@ -172,7 +173,7 @@ class ParallelDecoder:
         """Answer all branches of all samples in one batch; `options` are the fields of `SamplingParams`.
 
         What a branch draws depends on the seed, the sample and its place in it only: a sample that stands twice in a
-        call answers the same twice. Ask with several seeds for several answers.
+        call answers the same twice. Ask with a seed per sample for several answers.
 
         Raises `InputError` for no samples, a prompt without tokens, a value out of range, a context longer than
         max_position_embeddings, and a cache that does not fit in the device's memory; all before anything compiles.
@@ -221,6 +222,43 @@ class ParallelDecoder:
         Needed are tokens, branch, column, segment and valid; prompt only when the visibility is "prompts". Samples are
         seen as their own visibility says, as the decoder's where they have none.
         """
+        arrays, program = self._arrays(layout)
+        with self._on_mesh():
+            out = row_logits(
+                self.weights, arrays["tokens"], Coordinates.of(arrays, program.visibility), program=program
+            )
+        return np.asarray(out)[:, : np.shape(layout["tokens"])[1]]
+
+    def attention(self, layout: Layout | Mapping[str, Any]) -> np.ndarray:
+        """Where the tokens of branches look, float32 [S, L, N, 3]: mean shares of their attention on the background,
+        the own branch and the siblings, by layer and head, for rows as `logits` takes them.
+
+        All scores of a layer are in memory at once. A row without branches is NaN.
+        """
+        arrays, program = self._arrays(layout)
+        with self._on_mesh():
+            out = row_attention(
+                self.weights, arrays["tokens"], Coordinates.of(arrays, program.visibility), program=program
+            )
+        return np.asarray(out)
+
+    def sibling_effect(self, layout: Layout | Mapping[str, Any]) -> np.ndarray:
+        """How much the siblings change what every branch would say, float32 [S, B]: the mean change of the logits of
+        its tokens when siblings are hidden, over the logits' standard deviation; NaN where a row has no such branch.
+
+        0 says that nobody looks: an isolated model gives the same answers. Rows as `logits` takes them.
+        """
+        arrays = {name: np.asarray(layout[name]) for name in layout.keys()}  # noqa: SIM118, mappings differ
+        own = np.full(arrays["tokens"].shape, VISIBILITIES.index("isolated"), np.int32)
+        shown, hidden = self.logits(arrays), self.logits(arrays | {"visibility": own})
+        change = np.abs(shown - hidden).mean(-1) / shown[arrays["valid"]].std()
+        branches = range(1, int(arrays["branch"].max(initial=0)) + 1)
+        there = np.stack([arrays["valid"] & (arrays["branch"] == b) for b in branches], axis=1)  # [S, B, T]
+        with np.errstate(invalid="ignore"):
+            return (np.where(there, change[:, None], 0).sum(-1) / there.sum(-1)).astype(np.float32)
+
+    def _arrays(self, layout: Layout | Mapping[str, Any]) -> tuple[dict[str, np.ndarray], Program]:
+        """The arrays of rows [S, T'], padded to a bucket, and the program that reads them."""
         given = set(layout.keys())
         shape = np.shape(layout["tokens"])
         arrays = {name: np.asarray(layout[name]) for name in ("tokens", "branch", "column", "segment", "valid")}
@@ -232,11 +270,7 @@ class ParallelDecoder:
             raise InputError(f"the layout has no array 'prompt', which visibility {visibility!r} needs")
         arrays |= {"visibility": kind, "prompt": np.asarray(layout["prompt"]) if "prompt" in given else kind < 0}
         width = ((0, 0), (0, bucket(shape[1], SMALLEST_ROW) - shape[1]))
-        arrays = {name: np.pad(array, width) for name, array in arrays.items()}
-        program = Program(self.config, visibility, Method())
-        with self._on_mesh():
-            out = row_logits(self.weights, arrays["tokens"], Coordinates.of(arrays, visibility), program=program)
-        return np.asarray(out)[:, : shape[1]]
+        return {k: np.pad(array, width) for k, array in arrays.items()}, Program(self.config, visibility, Method())
 
     def _on_mesh(self) -> AbstractContextManager:
         """Programs are compiled for the mesh; entered for every call alone, a generator would leak it to its user."""
@@ -282,7 +316,7 @@ class ParallelDecoder:
         # A branch must end in the column in which its stop string does: its siblings would see what comes after.
         every = 1 if params.stop else every
         program = Program(self.config, row_visibility(samples, self.visibility), params.method())
-        controls = params.controls(self.eos_ids, self._allowed)
+        controls = params.controls(self.eos_ids, self._allowed, len(samples), len(prompt.tokens))
         decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         transcripts = [[Transcript(decode, self.eos_ids, limit, params.stop) for limit in row] for row in limits]
         slots, branches, room = prompt.tokens.shape[1], prompt.last.shape[1], BLOCK

@@ -24,8 +24,16 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
-    seed: int
+    seed: int | Sequence[int]
     stop: Sequence[str]
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,8 @@ class SamplingParams:
 
     max_new_tokens: for every branch, or one number per branch of every sample as a nested list. do_sample False takes
     the likeliest token. top_k 0, top_p 1 and min_p 0 cut nothing. repetition_penalty looks at the branch's own prompt
-    and answer only. stop: strings that end a branch; its text is cut before them, its token_ids are not.
-    Raises `InputError` for a value out of range.
+    and answer only. seed: one number, or one per sample. stop: strings that end a branch; its text is cut before them,
+    its token_ids are not. Raises `InputError` for a value out of range.
     """
 
     max_new_tokens: int | Sequence[Sequence[int]] = 32
@@ -45,26 +53,37 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    seed: int = 0
+    seed: int | Sequence[int] = 0
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        rules: dict[str, tuple[type, Callable[[Any], bool], str]] = {
-            "do_sample": (bool, lambda v: True, "True or False"),
-            "temperature": (Real, lambda v: 0 < v < math.inf, "above 0 (for the likeliest token use do_sample=False)"),
-            "top_k": (Integral, lambda v: v >= 0, "a whole number, 0 (off) or above"),
-            "top_p": (Real, lambda v: 0 < v <= 1, "in (0, 1]"),
-            "min_p": (Real, lambda v: 0 <= v <= 1, "in [0, 1]"),
-            "repetition_penalty": (Real, lambda v: 0 < v < math.inf, "above 0 (1 is off)"),
-            "seed": (Integral, lambda v: 0 <= v < 2**32, "a whole number in 0..2**32-1"),
-            "stop": (Sequence, lambda v: all(isinstance(s, str) and s for s in v) and not isinstance(v, str),
-                     "a list of strings that are not empty"),
-        }  # fmt: skip
-        for field in fields(self):
+        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "do_sample": (lambda v: isinstance(v, bool), "True or False"),
+            "temperature": (
+                lambda v: _real(v) and 0 < v < math.inf,
+                "above 0 (for the likeliest token use do_sample=False)",
+            ),
+            "top_k": (lambda v: _whole(v) and v >= 0, "a whole number, 0 (off) or above"),
+            "top_p": (lambda v: _real(v) and 0 < v <= 1, "in (0, 1]"),
+            "min_p": (lambda v: _real(v) and 0 <= v <= 1, "in [0, 1]"),
+            "repetition_penalty": (lambda v: _real(v) and 0 < v < math.inf, "above 0 (1 is off)"),
+            "seed": (
+                lambda v: all(_whole(s) and 0 <= s < 2**32 for s in (v if isinstance(v, Sequence) else [v])),
+                "a whole number in 0..2**32-1, or one a sample",
+            ),
+            "stop": (
+                lambda v: (
+                    isinstance(v, Sequence) and not isinstance(v, str) and all(isinstance(s, str) and s for s in v)
+                ),
+                "a list of strings that are not empty",
+            ),
+        }
+        for field in fields(self):  # None is the default, and numpy's numbers are Python's
             value = getattr(self, field.name)
-            value = field.default if value is None else value.item() if isinstance(value, np.generic) else value
-            kind, right, wanted = rules.get(field.name, (object, lambda v: True, ""))
-            if not isinstance(value, kind) or (kind in (Real, Integral) and value is bool(value)) or not right(value):
+            value = field.default if value is None else value
+            value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+            right, wanted = rules.get(field.name, (lambda v: True, ""))
+            if not right(value):
                 raise InputError(f"{field.name} is {value!r}; it must be {wanted}")
             object.__setattr__(self, field.name, value)
 
@@ -81,14 +100,18 @@ class SamplingParams:
         truncate = self.do_sample and (self.top_k > 0 or self.top_p < 1)
         return Method(self.do_sample, truncate, self.repetition_penalty != 1)
 
-    def controls(self, eos_ids: Sequence[int], allowed: Array) -> "Controls":
+    def controls(self, eos_ids: Sequence[int], allowed: Array, samples: int, rows: int) -> "Controls":
+        if np.ndim(self.seed) and np.size(self.seed) != samples:
+            raise InputError(
+                f"seed is for {np.size(self.seed)} samples, there are {samples}; give one, or one a sample"
+            )
         return Controls(
             np.float32(self.temperature),
             np.int32(self.top_k),
             np.float32(self.top_p),
             np.float32(self.min_p),
             np.float32(self.repetition_penalty),
-            np.uint32(self.seed),
+            np.resize(np.asarray(self.seed, np.uint32), rows),
             np.array(eos_ids, np.int32),
             allowed,
         )
@@ -111,7 +134,7 @@ class Controls(NamedTuple):
     top_p: Any  # float32 scalar
     min_p: Any  # float32 scalar
     repetition_penalty: Any  # float32 scalar
-    seed: Any  # uint32 scalar
+    seed: Any  # uint32 [S]
     eos: Any  # int32 [E], the tokens that end a branch
     allowed: Any  # bool [V], what may be chosen
 

@@ -28,6 +28,7 @@ from pd_jax.decoding.sampling import Controls, Method, distribution, draw
 from pd_jax.mesh import CACHE_KS_C_H
 from pd_jax.model import block, head, rms_norm
 from pd_jax.params import PROJECTIONS, Params
+from pd_jax.sight import watching
 
 BROKEN = -2  # in the place of a token
 BLOCK = 32  # columns decoded per jitted call; also the first cache size, in columns
@@ -137,12 +138,13 @@ def cached_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | No
 
 
 def encode(
-    weights: Params, program: Program, tokens: Array, coordinates: Coordinates
+    weights: Params, program: Program, tokens: Array, coordinates: Coordinates, attend: Any = None
 ) -> tuple[Array, list[tuple[Array, Array]]]:
-    """Whole rows at once, with the training attention: hidden states [S, T, D], and k, v [S, T, K, H] per layer."""
+    """Whole rows at once, with the training attention unless another is given: hidden states [S, T, D], and k and v
+    [S, T, K, H] of every layer."""
     config = program.config
     rope = rope_tables(config, coordinates.branch, coordinates.column)
-    attend = make_attention(coordinates, program.visibility)
+    attend = make_attention(coordinates, program.visibility) if attend is None else attend
     kept: list[tuple[Array, Array]] = []
 
     def attend_and_keep(q: Array, k: Array, v: Array, sibling_bias: Array | None = None) -> Array:
@@ -234,17 +236,17 @@ def choose(program: Program, controls: Controls, state: State, scores: Array) ->
     return after, jnp.where(silent, -1, token)
 
 
+@partial(jax.jit, static_argnames=("size", "axis"))
+def _grow(array: Array, size: int, axis: int) -> Array:
+    return jnp.pad(array, [(0, size - n if a == axis else 0) for a, n in enumerate(array.shape)])
+
+
 def start(weights: Params, program: Program, prompt: Prompt, seed: Array, room: int) -> tuple[State, Array]:
     """Run the rows once, into a cache with room for `room` columns; the logits [S, n, V] at their last tokens."""
     config = program.config
     (s, t), n = prompt.tokens.shape, prompt.last.shape[1]
     hidden, kept = encode(weights, program, prompt.tokens, prompt.coordinates)
-    space = n * room
-
-    def widen(array: Array, axis: int) -> Array:
-        return jnp.pad(array, [(0, space if a == axis else 0) for a in range(array.ndim)])
-
-    where = prompt.coordinates
+    where, slots = prompt.coordinates, t + n * room
     seen = None
     if program.method.penalise:
         own = where.valid & where.prompt
@@ -254,11 +256,12 @@ def start(weights: Params, program: Program, prompt: Prompt, seed: Array, room: 
     key = None
     if program.method.do_sample:
         # Named: under vmap, other generators draw otherwise than one by one, and a branch's stream must be its own.
-        key = jax.vmap(jax.vmap(partial(jax.random.fold_in, jax.random.key(seed, impl="threefry2x32"))))(prompt.stream)
+        keys = jax.vmap(partial(jax.random.key, impl="threefry2x32"))(seed)
+        key = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, prompt.stream)
 
     state = State(
-        cache=[(_over_heads(widen(_heads_first(k), 1)), _over_heads(widen(_heads_first(v), 1))) for k, v in kept],
-        coordinates=jax.tree.map(lambda array: widen(array, 1), where),
+        cache=jax.tree.map(lambda array: _over_heads(_grow(_heads_first(array), slots, 1)), kept),
+        coordinates=jax.tree.map(lambda array: _grow(array, slots, 1), where),
         slot=jnp.int32(t),
         count=jnp.int32(0),
         token=jnp.zeros((s, n), jnp.int32),
@@ -308,16 +311,10 @@ def decode_block(
     return jax.lax.while_loop(going, column, (dataclasses.replace(state, done=state.done | ended), out))
 
 
-@partial(jax.jit, static_argnames=("size", "axis"))
-def _grow(array: Array, size: int, axis: int) -> Array:
-    return jnp.pad(array, [(0, size - n if a == axis else 0) for a, n in enumerate(array.shape)])
-
-
 def enlarge(state: State, slots: int) -> State:
     """The state with a cache of `slots` slots. Layer by layer: the old and the new cache never exist together."""
     cache = state.cache
-    for i in range(len(cache)):
-        k, v = cache[i]
+    for i, (k, v) in enumerate(cache):
         cache[i] = _grow(k, slots, 1), _grow(v, slots, 1)
     coordinates = jax.tree.map(lambda array: _grow(array, slots, 1), state.coordinates)
     return dataclasses.replace(state, coordinates=coordinates)
@@ -327,6 +324,14 @@ def enlarge(state: State, slots: int) -> State:
 def row_logits(weights: Params, tokens: Array, coordinates: Coordinates, *, program: Program) -> Array:
     """float32 [S, T, V]: every token's logits in one forward."""
     return _logits(weights, encode(weights, program, tokens, coordinates)[0])
+
+
+@partial(jax.jit, static_argnames=("program",))
+def row_attention(weights: Params, tokens: Array, coordinates: Coordinates, *, program: Program) -> Array:
+    """`sight.attention_mass` of the weights of decoding."""
+    attend, seen = watching(coordinates, program.visibility)
+    encode(weights, program, tokens, coordinates, attend)
+    return jnp.stack(seen, axis=1)
 
 
 def cache_bytes(config: ModelConfig, *, samples: int, tokens: int, branches: int, columns: int, dtype: Any) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from pd_jax.columns import Coordinates, column_mask
 from pd_jax.config import Visibility
 from pd_jax.layout import Layout
+from pd_jax.sight import PLACES
 
 KINDS = ("background", "prompt", "answer")
 COLOURS = ("#9ecae1", "#fdd49e", "#a1d99b")  # of the three kinds
@@ -86,3 +87,23 @@ def draw_mask(layout: Layout, path: Path, visibility: Visibility = "columns", ro
     axes.set(xlabel="key token", ylabel="query token")
     _legend(plt, axes, {"background": COLOURS[0], "own branch": OWN, "sibling": SIBLING})
     _save(plt, figure, path)
+
+
+def attention_figure(mass: Sequence[Sequence[Sequence[float]]]) -> Any:
+    """A figure of where attention goes, layers down and heads across, a panel for each of `pd_jax.sight.PLACES`;
+    `mass` [L, N, 3] as `ParallelDecoder.attention` gives it for a row."""
+    plt, shares = _pyplot(), np.asarray(mass)
+    layers, heads, _ = shares.shape
+    figure, panels = plt.subplots(1, len(PLACES), figsize=(2 + 0.3 * heads * 3, 1.6 + 0.18 * layers), sharey=True)
+    for place, axes in enumerate(panels):
+        image = axes.imshow(shares[..., place], vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        axes.set(title=f"{PLACES[place]}: {shares[..., place].mean():.1%}", xlabel="head")
+        axes.set_xticks(range(0, heads, max(1, heads // 8)))
+    panels[0].set_ylabel("layer")
+    figure.colorbar(image, ax=list(panels), label="share of attention")
+    return figure
+
+
+def draw_attention(mass: Sequence[Sequence[Sequence[float]]], path: Path) -> None:
+    """`attention_figure` as a file."""
+    _save(_pyplot(), attention_figure(mass), path)

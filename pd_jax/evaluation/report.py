@@ -11,6 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from pd_jax.evaluation.look import sight_line
 from pd_jax.evaluation.results import Quality, Results, RowSummary, Summary
 
 TextTable = tuple[str, list[str], list[list[str]]]  # title, header, lines
@@ -116,22 +117,25 @@ def print_table(summary: Summary, console: Console) -> None:
     console.print(FOOTNOTE, soft_wrap=True)
 
 
-def _plots(rows: dict[str, RowSummary]) -> list[bytes]:
-    """PNGs: EM by row with intervals, speed against the number of branches, EM by branch index."""
+def _picture(figure: Any) -> str:
+    """A figure as an <img> that holds its PNG; the figure is closed."""
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def _plots(rows: dict[str, RowSummary]) -> list[Any]:
+    """Figures: EM by row with intervals, speed against the number of branches, EM by branch index."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    pictures = []
-
-    def save(figure: Any) -> None:
-        buffer = io.BytesIO()
-        figure.tight_layout()
-        figure.savefig(buffer, format="png", dpi=110)
-        plt.close(figure)
-        pictures.append(buffer.getvalue())
+    figures = []
 
     figure, axes = plt.subplots(figsize=(7, 0.5 * len(rows) + 1.2))
     for place, row in enumerate(rows.values()):
@@ -144,7 +148,7 @@ def _plots(rows: dict[str, RowSummary]) -> list[bytes]:
         xlabel="exact match, % (95 % interval)",
         ylim=(len(rows) - 0.5, -0.5),
     )
-    save(figure)
+    figures.append(figure)
 
     def curves(points: Callable[[RowSummary], dict[int, float | None]], x: str, y: str) -> None:
         figure, axes = plt.subplots(figsize=(7, 4))
@@ -154,7 +158,7 @@ def _plots(rows: dict[str, RowSummary]) -> list[bytes]:
         axes.set(xlabel=x, ylabel=y, ylim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
-        save(figure)
+        figures.append(figure)
 
     if all(row["cost"]["seconds"] is not None for row in rows.values()):
         curves(
@@ -165,7 +169,7 @@ def _plots(rows: dict[str, RowSummary]) -> list[bytes]:
     curves(
         lambda row: {k: part["em"]["value"] for k, part in row["by_index"].items()}, "branch index", "exact match, %"
     )
-    return pictures
+    return figures
 
 
 def _html_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -185,11 +189,13 @@ def write_report(results: Results, path: Path) -> None:
     """One HTML file that needs nothing else."""
     facts = {"flags": results["flags"], **results["machine"], "settings": results["settings"]}
     parts = [_html_table(*table) for table in tables(results["summary"])]
-    pictures = [
-        f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        for png in _plots(results["summary"]["rows"])
-    ]
+    pictures = [_picture(figure) for figure in _plots(results["summary"]["rows"])]
     notes = [f"<p>Note: {html.escape(note)}.</p>" for note in results["notes"]]
+    sight: list[str] = []
+    for name, entry in results.get("sight", {}).items():
+        from pd_jax.evaluation.pictures import attention_figure
+
+        sight += [f"<p>{html.escape(sight_line(name, entry))}.</p>", _picture(attention_figure(entry["attention"]))]
     lines = [[name, json.dumps(value, ensure_ascii=False)] for name, value in facts.items()]
     path.write_text(
         "\n".join(
@@ -200,6 +206,7 @@ def write_report(results: Results, path: Path) -> None:
                 *parts[:3],
                 f"<p>{FOOTNOTE}</p>",
                 *pictures,
+                *sight,
                 *parts[3:],
                 _html_table("How it was measured", ["what", "value"], lines),
             ]

@@ -109,6 +109,14 @@ class Summary(TypedDict):
     rows: dict[str, RowSummary]
 
 
+class SightEntry(TypedDict):
+    """Whether a row's model looks at its siblings."""
+
+    contexts: int  # that were looked at
+    attention: list[list[list[float]]]  # [layer][head][background, own branch, siblings], mean shares
+    effect: float  # mean change of a logit when siblings are hidden, over the logits' standard deviation
+
+
 class Recorded(TypedDict):
     """Everything that was asked and answered."""
 
@@ -118,6 +126,7 @@ class Recorded(TypedDict):
     settings: dict[str, Settings]  # by row
     contexts: list[ContextEntry]
     rows: dict[str, list[Record]]  # by row, one record a context
+    sight: NotRequired[dict[str, SightEntry]]  # by row, of the rows whose branches see siblings
 
 
 class Results(Recorded):

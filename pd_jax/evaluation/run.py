@@ -25,11 +25,12 @@ from pd_jax.data.squad import Context, load_squad, select, to_tokens
 from pd_jax.data.text import BadRows
 from pd_jax.errors import InputError
 from pd_jax.evaluation.flags import EvaluateFlags
+from pd_jax.evaluation.look import look_once, sight_line
 from pd_jax.evaluation.metrics import answer_of, leaks, score, summarize
 from pd_jax.evaluation.report import print_table, write_report
 from pd_jax.evaluation.results import ContextEntry, DumpEntry, MachineEntry, Metric, Recorded, Results, Settings
 from pd_jax.evaluation.rows import read_predictions, run_row, write_text
-from pd_jax.evaluation.ways import Conditions, RowSpec, choose_rows, default_models, find_sources, loader, torch_device
+from pd_jax.evaluation.ways import Conditions, Models, RowSpec, choose_rows, default_models, find_sources, torch_device
 
 if TYPE_CHECKING:  # --from renders a table without jax
     from pd_jax.files import ModelSource
@@ -213,6 +214,8 @@ def _publish(results: Results, directory: Path, dump_file: str | None, console: 
     if dump_file is not None:
         write_json(Path(dump_file), dump(results))
     print_table(results["summary"], console)
+    for name, sight in results.get("sight", {}).items():
+        console.print(sight_line(name, sight), soft_wrap=True, markup=False)
     console.print(f"written: {directory}/report.html, results.json, predictions-ROW.jsonl{skipped}", soft_wrap=True)
     return results
 
@@ -265,12 +268,12 @@ def _evaluate(flags: EvaluateFlags, console: Console) -> Results:
         read_predictions(paths[spec], settings[spec])  # refuse before anything is run
 
     # Answers
-    load, rows = loader(shared.tokenizer, shared.eos_ids, conditions), {}
+    models, rows, sight = Models(shared.tokenizer, shared.eos_ids, conditions), {}, {}
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
         for spec in specs:
             rows[spec.name] = run_row(
                 spec.way,
-                partial(load, spec, sources[spec]),
+                partial(models.answerer, spec.way, sources[spec]),
                 contexts,
                 shared.tokenizer,
                 conditions=conditions,
@@ -278,6 +281,14 @@ def _evaluate(flags: EvaluateFlags, console: Console) -> Results:
                 path=paths[spec],
                 advance=partial(progress.advance, progress.add_task(spec.name, total=len(contexts))),
             )
+            if spec.way.visibility in ("prompts", "columns"):
+                sight[spec.name] = look_once(
+                    partial(models.decoder, spec.way, sources[spec]),
+                    contexts,
+                    conditions.max_new_tokens,
+                    settings=settings[spec],
+                    path=paths[spec].with_name(f"sight-{spec.name.replace('/', '_')}.json"),
+                )
 
     # Files
     recorded: Recorded = {
@@ -287,6 +298,7 @@ def _evaluate(flags: EvaluateFlags, console: Console) -> Results:
         "settings": {spec.name: settings[spec] for spec in specs},
         "contexts": [_describe(context, flags.metric) for context in contexts],
         "rows": rows,
+        "sight": sight,
     }
     results: Results = {**recorded, "summary": summarize(recorded)}
     write_json(Path(flags.output_dir) / "results.json", results)

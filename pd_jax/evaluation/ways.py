@@ -197,41 +197,42 @@ def answer_in_columns(
     )
 
 
-def loader(
-    tokenizer: Any, eos_ids: Sequence[int], conditions: Conditions
-) -> "Callable[[RowSpec, ModelSource], Answerer]":
-    """A function that makes rows. It holds one model at a time, so that their peaks of memory can be told apart."""
-    held: dict[Any, Any] = {}
+class Models:
+    """The models of all rows. It holds one at a time, so that their peaks of memory can be told apart."""
 
-    def read(hf: bool, source: "ModelSource") -> Any:
+    def __init__(self, tokenizer: Any, eos_ids: Sequence[int], conditions: Conditions) -> None:
+        self._tokenizer, self._eos_ids, self._conditions = tokenizer, eos_ids, conditions
+        self._held: dict[Any, Any] = {}
+
+    def _read(self, hf: bool, source: "ModelSource") -> Any:
         from pd_jax.decoding import ParallelDecoder
 
-        if hf:
-            return Transformers(source.model, tokenizer, eos_ids, conditions.dtype, torch_device())
-        return ParallelDecoder.from_pretrained(
-            source.model,
-            source.adapter,
-            dtype=conditions.dtype,
-            pair_indices=conditions.pair_indices,
-            local_files_only=True,
-        )
-
-    def load(spec: RowSpec, source: "ModelSource") -> Answerer:
-        way = spec.way
-        if (way.hf, source) not in held:
-            held.clear()
+        if (hf, source) not in self._held:
+            self._held.clear()
             gc.collect()
-            held[way.hf, source] = read(way.hf, source)
-        model = held[way.hf, source]
-        if way.visibility is None:
-            methods = {
-                "hf-sequential": model.sequential,
-                "hf-batched": model.batched,
-                "hf-one-prompt": model.one_prompt,
-            }
-            return methods[way.name]
-        align = way.align(model.config, conditions.align)
-        decoder = model.variant(visibility=way.visibility, align=align, eos_ids=eos_ids)
-        return functools.partial(answer_in_columns, decoder, way.serial)
+            conditions = self._conditions
+            self._held[hf, source] = (
+                Transformers(source.model, self._tokenizer, self._eos_ids, conditions.dtype, torch_device())
+                if hf
+                else ParallelDecoder.from_pretrained(
+                    source.model,
+                    source.adapter,
+                    dtype=conditions.dtype,
+                    pair_indices=conditions.pair_indices,
+                    local_files_only=True,
+                )
+            )
+        return self._held[hf, source]
 
-    return load
+    def decoder(self, way: Way, source: "ModelSource") -> "ParallelDecoder":
+        """Of one of our rows."""
+        model = self._read(False, source)
+        align = way.align(model.config, self._conditions.align)
+        return model.variant(visibility=way.visibility, align=align, eos_ids=self._eos_ids)
+
+    def answerer(self, way: Way, source: "ModelSource") -> Answerer:
+        if not way.hf:
+            return functools.partial(answer_in_columns, self.decoder(way, source), way.serial)
+        model = self._read(True, source)
+        methods = {"hf-sequential": model.sequential, "hf-batched": model.batched, "hf-one-prompt": model.one_prompt}
+        return methods[way.name]

@@ -1,6 +1,11 @@
 """Weights on disk: model directories, Hugging Face's safetensors and PEFT's adapters, read and written."""
 
 from pd_jax.files.checks import check_agreement as check_agreement, check_needed as check_needed
+from pd_jax.files.config_json import (
+    config_from_hf as config_from_hf,
+    config_to_hf as config_to_hf,
+    known_config as known_config,
+)
 from pd_jax.files.directories import (
     check_rows as check_rows,
     load_config as load_config,
@@ -18,6 +23,7 @@ from pd_jax.files.find import (
     read_adapter_config as read_adapter_config,
     read_config_json as read_config_json,
 )
+from pd_jax.files.gguf import import_gguf as import_gguf
 from pd_jax.files.orbax import root_cause as root_cause
 from pd_jax.files.peft import load_adapter as load_adapter, lora_flags as lora_flags, save_adapter as save_adapter
 from pd_jax.files.runs import (

@@ -15,6 +15,7 @@ import numpy as np
 from pd_jax.config import SECTION, SETTINGS, ModelConfig
 from pd_jax.errors import InputError
 from pd_jax.files.checks import read_json
+from pd_jax.files.config_json import config_from_hf
 from pd_jax.files.find import ADAPTER_CONFIG, PARAMS, read_adapter_config, read_config_json
 from pd_jax.files.orbax import read_checkpoint
 from pd_jax.files.safetensors import Progress, default_device, read_params
@@ -28,7 +29,7 @@ TRAINED_AS = ("visibility", "align")  # an adapter's own win over its base's
 def load_config(directory: Path, pair_indices: Sequence[int] | None = None, adapter: Path | None = None) -> ModelConfig:
     """The model's configuration; `pair_indices` must agree with what is stored. Raises `InputError`.
 
-    A plain Qwen3 has no column settings of its own: as the base of a LoRA `adapter` it takes those it was trained with,
+    A plain model has no column settings of its own: as the base of a LoRA `adapter` it takes those it was trained with,
     and any base takes the adapter's visibility and alignment. Settings of an older pd_jax store neither; they mean
     columns and left, and one line says so.
     """
@@ -44,7 +45,7 @@ def load_config(directory: Path, pair_indices: Sequence[int] | None = None, adap
     if SECTION in hf and not hf[SECTION].keys() >= set(TRAINED_AS):
         _say_assumed(str(adapter if settings else directory))
     try:
-        return ModelConfig.from_hf(hf, pair_indices)
+        return config_from_hf(hf, pair_indices)
     except InputError as error:
         raise InputError(f"{directory}: {error}") from None
 

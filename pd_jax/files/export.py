@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pd_jax.config import SECTION, ModelConfig
+from pd_jax.files.config_json import config_to_hf
 from pd_jax.files.directories import load_config, load_params, load_tokenizer
 from pd_jax.files.find import PARAMS, find_model, find_source, read_adapter_config, read_config_json
 from pd_jax.files.orbax import write_checkpoint
@@ -51,7 +52,7 @@ def export_model(
     columnar = SECTION in hf or (adapter is not None and SECTION in read_adapter_config(adapter))
     config = load_config(source, pair_indices=None if columnar else (), adapter=adapter)
     _check_tokenizer(source, config)
-    hf = config.to_hf(hf) if columnar else hf
+    hf = config_to_hf(config, hf) if columnar else hf
     adapters, lora = ({}, None) if adapter is None else load_adapter(adapter, config, source)
     params = load_params(source, config, None)
     for name, part in adapters.items():  # one kind at a time: two models would not fit where one does

@@ -13,6 +13,7 @@ import numpy as np
 
 from pd_jax.config import SECTION, ModelConfig
 from pd_jax.errors import InputError
+from pd_jax.files.config_json import config_to_hf
 from pd_jax.files.find import PARAMS, read_config_json
 from pd_jax.files.orbax import write_checkpoint
 from pd_jax.params import Params
@@ -93,13 +94,18 @@ def check_new(directory: Path) -> None:
         raise InputError(f"{directory} exists and is not empty; remove it or choose another --output")
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """`content` for people to read: indented, and in its own letters."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def write_metadata(directory: Path, hf: dict[str, Any], source: Path, dtype: Any) -> None:
     """`hf` as config.json for weights of `dtype`, and the tokenizer and generation files of `source`.
 
     A dtype field of `hf` that would be untrue is corrected: transformers loads weights in the dtype that it names.
     """
     hf = hf | dict.fromkeys([key for key in ("torch_dtype", "dtype") if key in hf], np.dtype(dtype).name)
-    (directory / "config.json").write_text(json.dumps(hf, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(directory / "config.json", hf)
     for name in COPIED_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
@@ -116,7 +122,7 @@ def save_model(directory: Path, params: Params, config: ModelConfig, source: Pat
         return
     with staging(directory) as stage:
         write_checkpoint(stage / PARAMS, params)
-        write_metadata(stage, config.to_hf(read_config_json(source)), source, params["embed"].dtype)
+        write_metadata(stage, config_to_hf(config, read_config_json(source)), source, params["embed"].dtype)
 
 
 def write_untrained(directory: Path, config: ModelConfig, tokenizer: Any) -> None:
@@ -124,6 +130,6 @@ def write_untrained(directory: Path, config: ModelConfig, tokenizer: Any) -> Non
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(directory)
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    plain = {key: value for key, value in config.to_hf().items() if key != SECTION}
+    plain = {key: value for key, value in config_to_hf(config).items() if key != SECTION}
     for name, content in (("generation_config.json", special), ("config.json", plain | special | {"dtype": "float32"})):
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / name, content)

@@ -183,7 +183,7 @@ def decoder_arguments(config: ModelConfig, dtype: str, *, tokens: int, branches:
         **begun,
     )
     weights = jax.eval_shape(lambda key: unstack(init_params(config, key, dtype), dtype), jax.random.key(0))
-    controls = jax.eval_shape(lambda: SamplingParams().controls((1,), jnp.ones(config.vocab_size, bool)))
+    controls = jax.eval_shape(lambda: SamplingParams().controls((1,), jnp.ones(config.vocab_size, bool), 1, 1))
     return (weights, controls, prompt), (weights, controls, state, flag, scalar)
 
 

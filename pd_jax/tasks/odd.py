@@ -56,3 +56,24 @@ TASK = Task(
     score=last_is_right,
     optimum=optimum,
 )
+
+
+def serial(chunks: int) -> Task:
+    """The same job of so many chunks of bits in one branch: all bits, then all parities one after the other, EQ and the
+    count. Nothing is hidden from it in any visibility; it takes `chunks` times the columns, nearly."""
+
+    def make_serial(rng: np.random.Generator, branches: int) -> TokenSample:
+        parts = make(rng, chunks).branches
+        parities = [token for part in parts for token in part.answer[:BITS]]
+        prompt = [*(token for part in parts for token in part.prompt[:BITS]), EQ]
+        return TokenSample([], [Branch(prompt, [*parities, *parts[0].answer[BITS:]], END)])
+
+    return Task(
+        name=f"odd in one branch, {chunks} chunks",
+        vocabulary=DIGIT + BRANCHES + 1,
+        branches=1,
+        counts=range(1, 2),
+        make=make_serial,
+        score=last_is_right,
+        optimum=lambda branches: dict.fromkeys(("isolated", "prompts", "columns", "no signal"), 1.0),
+    )

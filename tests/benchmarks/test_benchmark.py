@@ -86,3 +86,11 @@ def test_decode(tmp_path):
     }
     assert all(r["column_ms"] > 0 for r in rows)
     assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_columns():
+    text = report("columns", "--chunks", "4", "--train", "0", "--repeat", "1")
+    rows = [line.split("│")[1:-1] for line in text.splitlines() if "branch" in line]
+    assert [(row[1].strip(), int(row[2])) for row in rows] == [("1 branch", 18), ("4 branches", 6)]
+    assert float(rows[1][4]) > 1.0  # a third of the columns

@@ -14,12 +14,12 @@ import tiny
 import pd_jax.decoding.decoder
 from pd_jax import ParallelDecoder, Sample, SamplingParams, lora
 from pd_jax.attention import dense_attention
-from pd_jax.config import ALIGNMENTS, VISIBILITIES, LoraConfig, known_config
+from pd_jax.config import ALIGNMENTS, VISIBILITIES, LoraConfig
 from pd_jax.decoding.answers import Transcript
 from pd_jax.decoding.prompts import make_prompt
 from pd_jax.decoding.sampling import Controls, Method, SamplingOptions, cut, distribution, draw
 from pd_jax.decoding.steps import BLOCK, Program, cache_bytes, cached_attention, decode_block, feed, prefill, start
-from pd_jax.files import save_adapter, save_model, write_params
+from pd_jax.files import config_to_hf, known_config, save_adapter, save_model, write_params
 from pd_jax.layout import Branch, TokenSample, answer_columns
 from pd_jax.mesh import make_mesh
 from pd_jax.params import PROJECTIONS, init_params
@@ -137,7 +137,7 @@ def test_greedy_equals_transformers_on_every_branch_alone(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     write_params(tmp_path, params(PLAIN), PLAIN)
-    (tmp_path / "config.json").write_text(json.dumps(PLAIN.to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(PLAIN)))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
 
     def expected(eos):
@@ -429,7 +429,9 @@ def test_random_numbers_depend_on_the_branch_alone():
     assert changed[0] == both[0][0]
     assert changed[2] == both[0][2]
     assert changed[1] != both[0][1]
-    assert say([first, second], seed=4) != both
+    other = say([first, second], seed=4)
+    assert other != both
+    assert say([first, first, second], seed=[3, 4, 4]) == [both[0], *other]  # a seed for every sample
     same = TokenSample(first.background, [first.branches[0]] * 3)
     assert len({*say([same, second])[0]}) == 3
 
@@ -589,6 +591,7 @@ def test_logits_need_no_prompt_array_unless_it_is_looked_at():
         ({"min_p": 2.0}, "min_p is 2.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"seed": -1}, "seed is -1"),
+        ({"seed": [0, 1, 2]}, "seed is for 3 samples, there are 2"),
         ({"stop": "a"}, "stop is 'a'"),
         ({"stop": [""]}, r"stop is \[''\]"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),

@@ -74,7 +74,12 @@ def test_files_are_enough_to_recompute_the_table(finished):
     assert re.fullmatch("[0-9a-f]{64}", stored["settings"]["columns"]["weights"][0])
     assert stored["flags"] == json.loads(json.dumps(dataclasses.asdict(flags)))
     report = (output / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 3
+    assert report.count("data:image/png;base64,") == 5  # two rows see siblings
+    assert [*results["sight"]] == ["prompts", "columns"]
+    shares = results["sight"]["columns"]["attention"]
+    assert sum(shares[0][0]) == pytest.approx(1, abs=1e-3)
+    assert results["sight"]["columns"]["effect"] > 0.01
+    assert "Sight of columns (3 contexts): attention on the background" in report
     assert "http" not in re.sub(r"base64,[^\"]*", "", report)
     dumped = json.loads(Path(flags.dump_file).read_text())
     assert len(dumped) == 6

@@ -8,7 +8,7 @@ import tiny
 
 from pd_jax import Branch, ParallelDecoder, TokenSample
 from pd_jax.config import Yarn
-from pd_jax.files import load_config
+from pd_jax.files import config_to_hf, load_config
 from pd_jax.params import init_params
 
 CARD = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -24,12 +24,12 @@ CARD = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     ],
 )
 def test_how_long_contexts_may_be(tmp_path, changes, most):
-    hf = tiny.config().to_hf() | {"max_position_embeddings": 40960}
+    hf = config_to_hf(tiny.config()) | {"max_position_embeddings": 40960}
     del hf["rope_parameters"]
     (tmp_path / "config.json").write_text(json.dumps(hf | changes))
     config = load_config(tmp_path)
     assert config.most_columns == most
-    again = config.to_hf(json.loads((tmp_path / "config.json").read_text()))
+    again = config_to_hf(config, json.loads((tmp_path / "config.json").read_text()))
     assert {key: again[key] for key in hf | changes} == hf | changes  # an export keeps the card's own fields
 
 

@@ -16,7 +16,7 @@ from sources import ROOT
 
 from pd_jax.config import SECTION, ModelConfig
 from pd_jax.errors import InputError
-from pd_jax.files import parse_size, safetensors as weights, write_params
+from pd_jax.files import config_to_hf, parse_size, safetensors as weights, write_params
 from pd_jax.files.names import key_table
 from pd_jax.files.safetensors import Pending, Tensor, read_header, read_params, write_safetensors
 from pd_jax.params import param_shapes
@@ -202,7 +202,7 @@ def test_reading_does_not_hold_the_file_beside_the_model(tmp_path):
         for name, entry in key_table(config).items()
     }
     write_safetensors(tmp_path / "model.safetensors", ones)
-    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.to_hf().items() if k != SECTION}))
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config_to_hf(config).items() if k != SECTION}))
     done = subprocess.run([sys.executable, "-c", READ, tmp_path], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     beyond, model = map(int, done.stdout.split())

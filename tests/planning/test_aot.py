@@ -15,8 +15,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from pd_jax.columns import Coordinates
-from pd_jax.config import ModelConfig, known_config
+from pd_jax.config import ModelConfig
 from pd_jax.decoding import BLOCK, Method, Program, decode_block
+from pd_jax.files import known_config
 from pd_jax.loss import weighted_nll
 from pd_jax.model import forward, head
 from pd_jax.params import init_params

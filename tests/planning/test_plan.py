@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from pd_jax.config import known_config
 from pd_jax.decoding import BLOCK, Method, Program, cache_bytes, decode_block, prefill
+from pd_jax.files import known_config
 from pd_jax.machines import GIB, MACHINES
 from pd_jax.params import parameter_count
 from pd_jax.planning import PlanFlags
