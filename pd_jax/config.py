@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from pd_jax.errors import InputError
+from pd_jax.errors import InputError, check_whole
 
 Visibility = Literal["columns", "isolated", "prompts"]
 VISIBILITIES: tuple[Visibility, ...] = ("columns", "isolated", "prompts")
@@ -124,6 +124,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim {self.head_dim} is odd; RoPE turns pairs of dimensions")
+        object.__setattr__(self, "pair_indices", tuple(check_whole(p, "pair_indices") for p in self.pair_indices))
         half = self.head_dim // 2
         wrong = [p for p in self.pair_indices if not 1 <= p <= half]
         if wrong:
@@ -138,6 +139,12 @@ class ModelConfig:
     def has(self) -> Family:
         """What the model's family has."""
         return FAMILIES[self.family]
+
+    @property
+    def most_columns(self) -> int:
+        """max_position_embeddings, or what YaRN makes of it: Qwen3's model card says to add rope_scaling only."""
+        stretched = 0 if self.yarn is None else int(self.yarn.factor * self.yarn.original_max_position_embeddings)
+        return max(self.max_position_embeddings, stretched)
 
     @property
     def decoded_as(self) -> tuple[Visibility, Align]:

@@ -3,6 +3,7 @@
 The scripts print an `InputError` as one line; everything else keeps its traceback.
 """
 
+import operator
 import reprlib
 from typing import Any
 
@@ -12,11 +13,26 @@ class InputError(ValueError):
     out. It is a `ValueError`, so that callers of the API catch what Python's own functions would raise."""
 
 
+def shown(value: Any) -> str:
+    """`value` for a message: short, and on one line."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def check_whole(value: Any, name: str, wanted: str = "a whole number") -> int:
+    """`value` as an int, if it is one, numpy's too. Raises `InputError` for floats, infinities and bools."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise InputError(f"{name} is {shown(value)}; it must be {wanted}")
+
+
 def check_text(value: Any, name: str) -> str:
     """`value`, if it is text that UTF-8 can write. Raises `InputError`, which begins with `name`."""
     if not isinstance(value, str):
-        shown = "null" if value is None else f"{reprlib.repr(value)} ({type(value).__name__})"
-        raise InputError(f"{name} is {shown}, not text")
+        what = "null" if value is None else f"{shown(value)} ({type(value).__name__})"
+        raise InputError(f"{name} is {what}, not text")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -21,9 +21,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from pd_jax.config import ALIGNMENTS, VISIBILITIES, Align, Visibility, check_choice
-from pd_jax.errors import InputError
+from pd_jax.errors import InputError, check_text
 
 Objective = Literal["answers", "all"]
+CALL = 'Sample("the text that all share", ["a prompt", "another"])'
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,11 @@ class Sample:
     def __post_init__(self) -> None:
         if isinstance(self.branches, str):
             raise InputError(f"branches is one string, {self.branches!r}; pass a list of prompts")
-        if not self.branches:
-            raise InputError("a sample has no branches; give at least one prompt")
+        if not isinstance(self.branches, Sequence) or not self.branches:
+            raise InputError(f"a sample has no branches, {self.branches!r}; give at least one prompt, as {CALL}")
+        for name, text in (("background", self.background), *((f"prompt {i}", t) for i, t in enumerate(self.branches))):
+            check_text(text, f"as {CALL} wants it, {name}")
+        check_choice("visibility", self.visibility or "columns", VISIBILITIES)
         empty = [i for i, text in enumerate(self.branches) if not text.strip()]
         if empty:
             raise InputError(f"prompts {empty} of {len(self.branches)} are empty; every branch needs a prompt")

@@ -1,13 +1,16 @@
 """Text on its way in: rows that hold none are refused or counted, and what people typed is tokenised as text."""
 
 import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from pd_jax.errors import InputError
-from pd_jax.layout import TokenSample
+from pd_jax.config import VISIBILITIES, check_choice
+from pd_jax.errors import InputError, shown
+from pd_jax.layout import CALL, Branch, Sample, TokenSample
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +50,37 @@ def check_ids(ids: Any, rows: int, name: str) -> None:
 
 
 def check_sample(sample: TokenSample, rows: int, name: str) -> None:
-    """`check_ids` of all parts of a sample."""
+    """`check_ids` of all parts of a sample. Raises `InputError` for what cannot be decoded, too."""
+    branches = list(sample.branches) if isinstance(sample.branches, Iterable) else [None]
+    if not all(isinstance(branch, Branch) for branch in branches):
+        raise InputError(f"{name}: branches is {shown(sample.branches)}; pass [Branch(prompt=[1, 2]), ...], token ids")
+    check_choice(f"{name}: visibility", sample.visibility or "columns", VISIBILITIES)
     check_ids(sample.background, rows, f"{name}, background")
-    for b, branch in enumerate(sample.branches):
+    for b, branch in enumerate(branches):
         for ids in (branch.prompt, branch.answer, () if branch.end is None else (branch.end,)):
             check_ids(ids, rows, f"{name}, branch {b}")
+    empty = [b for b, branch in enumerate(branches) if not len(branch.prompt)]
+    if empty or not branches:
+        raise InputError(f"{name}: " + (f"prompts {empty} have no tokens" if empty else "no branches"))
+
+
+def tokenise_samples(samples: Sequence[Sample | TokenSample], tokenizer: Any, rows: int) -> list[TokenSample]:
+    """Samples of text as samples of token ids, the pieces tokenised one by one; others as they are. All are checked.
+
+    Raises `InputError` for what is no sample, and for ids that a model with so many rows of embeddings does not have.
+    """
+    if not isinstance(samples, Iterable) or isinstance(samples, str | Mapping):
+        raise InputError(f"samples is {shown(samples)}; pass a list of samples, [{CALL}]")
+    samples, out = list(samples), []
+    if not samples:
+        raise InputError("samples is empty; pass at least one Sample")
+    for i, sample in enumerate(samples):
+        if isinstance(sample, Sample):
+            ids = partial(tokenise, tokenizer, chat_markup=sample.chat_markup)
+            branches = [Branch(ids(text)) for text in sample.branches]
+            sample = TokenSample(ids(sample.background), branches, sample.visibility)
+        if not isinstance(sample, TokenSample):
+            raise InputError(f"sample {i} is {shown(sample)}; pass {CALL}, or a TokenSample of token ids")
+        check_sample(sample, rows, f"sample {i}")
+        out.append(sample)
+    return out

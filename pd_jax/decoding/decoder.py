@@ -27,7 +27,7 @@ from pd_jax.config import (
     Visibility,
     check_choice,
 )
-from pd_jax.data.text import check_ids, check_sample, tokenise
+from pd_jax.data.text import check_ids, tokenise_samples
 from pd_jax.decoding.answers import Columns, Event, Result, Transcript
 from pd_jax.decoding.prompts import SMALLEST_ROW, Prompt, branch_limits, make_prompt, row_visibility
 from pd_jax.decoding.sampling import Method, SamplingOptions, SamplingParams
@@ -43,9 +43,9 @@ from pd_jax.decoding.steps import (
     row_logits,
     unstack,
 )
-from pd_jax.errors import InputError
+from pd_jax.errors import InputError, check_whole
 from pd_jax.files import check_rows, find_model, load_adapter, load_config, load_eos_ids, load_params, load_tokenizer
-from pd_jax.layout import Branch, Layout, Sample, TokenSample, bucket, build_layout
+from pd_jax.layout import Layout, Sample, TokenSample, bucket, build_layout
 from pd_jax.lora import merge_weight
 from pd_jax.mesh import check_model, decoding_shardings, param_shardings
 from pd_jax.params import Params
@@ -204,9 +204,9 @@ class ParallelDecoder:
         self, sample: Sample | TokenSample, *, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
     ) -> Iterator[Event]:
         """Answer one sample, column by column, with the arguments, the steps and the answers of `generate`."""
-        said = [0] * len(sample.branches)
-        asked = SamplingParams.of(params, options)
-        for columns, (branches,) in self._run(self._tokenise([sample]), asked, 1):
+        asked, samples = SamplingParams.of(params, options), self._tokenise([sample])
+        said = [0] * len(samples[0].branches)
+        for columns, (branches,) in self._run(samples, asked, 1):
             tokens = tuple(t.ids[-1] if len(t.ids) > n else None for t, n in zip(branches, said, strict=True))
             said = [len(t.ids) for t in branches]
             texts, reasons = tuple(t.news() for t in branches), tuple(t.finish_reason for t in branches)
@@ -277,28 +277,14 @@ class ParallelDecoder:
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _tokenise(self, samples: Sequence[Sample | TokenSample]) -> list[TokenSample]:
-        if isinstance(samples, Sample | TokenSample):
-            raise InputError("samples is one sample; pass a list of samples")
-        if not samples:
-            raise InputError("samples is empty; pass at least one Sample")
-        out = []
-        for i, sample in enumerate(samples):
-            if isinstance(sample, Sample):
-                ids = partial(tokenise, self.tokenizer, chat_markup=sample.chat_markup)
-                branches = [Branch(ids(text)) for text in sample.branches]
-                sample = TokenSample(ids(sample.background), branches, sample.visibility)
-            empty = [b for b, branch in enumerate(sample.branches) if not len(branch.prompt)]
-            if empty or not sample.branches:
-                raise InputError(f"sample {i}: " + (f"prompts {empty} have no tokens" if empty else "no branches"))
-            check_sample(sample, self.config.vocab_size, f"sample {i}")
-            out.append(sample)
-        return out
+        return tokenise_samples(samples, self.tokenizer, self.config.vocab_size)
 
     def _check(self, samples: Sequence[TokenSample], prompt: Prompt) -> None:
         """Refuse what cannot be decoded, before anything compiles."""
         if any(len(branch.answer) for sample in samples for branch in sample.branches):
             raise InputError("a branch has an answer already; decoding starts behind the prompts: leave answers out")
-        longest, most = int((prompt.first + prompt.limit).max()), self.config.max_position_embeddings
+        check_ids(self.eos_ids, self.config.vocab_size, "eos_ids")
+        longest, most = int((prompt.first + prompt.limit).max()), self.config.most_columns
         if longest > most:
             raise InputError(
                 f"background, prompts and max_new_tokens take {longest} columns, the model has "
@@ -322,7 +308,7 @@ class ParallelDecoder:
     ) -> Iterator[tuple[Columns, list[list[Transcript]]]]:
         """Decode: the first column, then up to `every` (at most BLOCK) at once, and what every branch has said so far
         (the same transcripts each time, which grow)."""
-        if not 1 <= every <= BLOCK:
+        if not 1 <= check_whole(every, "every") <= BLOCK:
             raise InputError(f"every is {every}; it must be 1 to {BLOCK} columns")
         limits = branch_limits(samples, params.max_new_tokens)
         prompt = make_prompt(samples, limits, self.align, self.visibility)

@@ -8,7 +8,7 @@ import numpy as np
 
 from pd_jax.columns import Coordinates
 from pd_jax.config import MIX, Align, RowVisibility, Visibility
-from pd_jax.errors import InputError
+from pd_jax.errors import InputError, check_whole
 from pd_jax.layout import Branch, TokenSample, answer_columns, bucket, build_layout
 
 SMALLEST_ROW = 32  # tokens; the smallest bucket of a prefill
@@ -30,15 +30,17 @@ class Prompt(NamedTuple):
 def branch_limits(samples: Sequence[TokenSample], asked: int | Sequence[Sequence[int]]) -> list[list[int]]:
     """max_new_tokens of every branch."""
     counts = [len(sample.branches) for sample in samples]
-    limits = [[asked] * n for n in counts] if isinstance(asked, int) else [list(row) for row in asked]
+    nested = asked if isinstance(asked, Sequence | np.ndarray) else [[asked] * n for n in counts]
+    rows = [row if isinstance(row, Sequence | np.ndarray) else [row] for row in nested]
+    limits = [[check_whole(limit, "max_new_tokens", "a whole number, 1 or more") for limit in row] for row in rows]
     if [len(row) for row in limits] != counts:
         raise InputError(
             f"max_new_tokens is for {[len(row) for row in limits]} branches, the samples have {counts}; "
             "pass one number, or one per branch of every sample"
         )
-    least = min(limit for row in limits for limit in row)
-    if least < 1:
-        raise InputError(f"max_new_tokens is {least}; it must be 1 or more")
+    wrong = [limit for row in limits for limit in row if not 1 <= limit < 2**30]
+    if wrong:
+        raise InputError(f"max_new_tokens is {wrong[0]}; it must be 1 or more, and fit into max_position_embeddings")
     return limits
 
 

@@ -1,8 +1,9 @@
 """How the next token is drawn: the arguments a caller gives, and pure functions of logits [..., V]."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -27,6 +28,14 @@ class SamplingOptions(TypedDict, total=False):
     stop: Sequence[str]
 
 
+def _real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How answers are drawn. Cuts apply in the order of transformers: penalty, temperature, top_k, top_p, min_p.
@@ -48,24 +57,43 @@ class SamplingParams:
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        checks = {
-            "temperature": (0 < self.temperature < math.inf, "above 0 (for the likeliest token use do_sample=False)"),
-            "top_k": (self.top_k >= 0 and self.top_k == int(self.top_k), "a whole number, 0 (off) or above"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
-            "seed": (all(0 <= seed < 2**32 for seed in np.ravel(self.seed)), "in 0..2**32-1"),
-            "stop": (not isinstance(self.stop, str) and all(self.stop), "a list of strings that are not empty"),
+        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "do_sample": (lambda v: isinstance(v, bool), "True or False"),
+            "temperature": (
+                lambda v: _real(v) and 0 < v < math.inf,
+                "above 0 (for the likeliest token use do_sample=False)",
+            ),
+            "top_k": (lambda v: _whole(v) and v >= 0, "a whole number, 0 (off) or above"),
+            "top_p": (lambda v: _real(v) and 0 < v <= 1, "in (0, 1]"),
+            "min_p": (lambda v: _real(v) and 0 <= v <= 1, "in [0, 1]"),
+            "repetition_penalty": (lambda v: _real(v) and 0 < v < math.inf, "above 0 (1 is off)"),
+            "seed": (
+                lambda v: all(_whole(s) and 0 <= s < 2**32 for s in (v if isinstance(v, Sequence) else [v])),
+                "a whole number in 0..2**32-1, or one a sample",
+            ),
+            "stop": (
+                lambda v: (
+                    isinstance(v, Sequence) and not isinstance(v, str) and all(isinstance(s, str) and s for s in v)
+                ),
+                "a list of strings that are not empty",
+            ),
         }
-        for name, (right, wanted) in checks.items():
-            if not right:
-                raise InputError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+        for field in fields(self):  # None is the default, and numpy's numbers are Python's
+            value = getattr(self, field.name)
+            value = field.default if value is None else value
+            value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+            right, wanted = rules.get(field.name, (lambda v: True, ""))
+            if not right(value):
+                raise InputError(f"{field.name} is {value!r}; it must be {wanted}")
+            object.__setattr__(self, field.name, value)
 
     @classmethod
     def of(cls, params: "SamplingParams | None", options: SamplingOptions) -> "SamplingParams":
         """`params`, or those that `options` say. Raises `InputError` when both are given."""
         if params is not None and options:
             raise InputError(f"params and {', '.join(options)} were both given; put everything into params")
+        if not isinstance(params, SamplingParams | None):
+            raise InputError(f"params is {params!r}; pass SamplingParams(max_new_tokens=32) or the like")
         return cls(**options) if params is None else params
 
     def method(self) -> "Method":

@@ -61,7 +61,7 @@ def find_shared(sources: "Mapping[RowSpec, ModelSource]", conditions: Conditions
         plain = way.hf and SECTION not in read_config_json(source.model)
         pairs = () if plain else None if way.hf else conditions.pair_indices
         config = load_config(source.model, pairs, source.adapter)
-        most.append(config.max_position_embeddings)
+        most.append(config.most_columns)
         tokenizers[source.model] = load_tokenizer(source.model, config.vocab_size)
         if way.visibility is not None:
             align = way.align(config, conditions.align)

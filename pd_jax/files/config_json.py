@@ -69,9 +69,9 @@ def config_from_hf(hf: Mapping[str, Any], pair_indices: Sequence[int] | None = N
         **shape,
         family=str(name),
         rope_theta=theta,
-        rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-        tie_word_embeddings=hf.get("tie_word_embeddings", False),
-        max_position_embeddings=hf.get("max_position_embeddings", 32768),
+        rms_norm_eps=hf.get("rms_norm_eps") or 1e-6,
+        tie_word_embeddings=bool(hf.get("tie_word_embeddings")),
+        max_position_embeddings=hf.get("max_position_embeddings") or 32768,
         **scaling,
         pair_indices=default_pairs(shape["head_dim"]) if chosen is None else tuple(chosen),
         branch_stride=ours.get("branch_stride", 1.0),
@@ -103,7 +103,7 @@ def _read_rope(hf: Mapping[str, Any], family: Family, errors: list[str]) -> tupl
     theta, rope = min(thetas, default=0.0), dict(new or old)
     kind = rope.pop("rope_type", "default")
     fields = dataclasses.fields(SCALINGS[kind]) if kind in SCALINGS else ()
-    given = {"original_max_position_embeddings": hf.get("max_position_embeddings", 32768), **rope}
+    given: dict[str, Any] = {"original_max_position_embeddings": hf.get("max_position_embeddings") or 32768, **rope}
     unknown = sorted(rope.keys() - {field.name for field in fields})
     missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in given]
     if kind not in family.rope_types:

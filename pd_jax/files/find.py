@@ -42,8 +42,9 @@ MODEL_KEYS = {
     "rope_scaling": OBJECT,
     SECTION: OBJECT,
 }
+LLAMA3 = ("low_freq_factor", "high_freq_factor")
 ROPE_KEYS = {
-    **dict.fromkeys(("rope_theta", "factor", "beta_fast", "beta_slow", "attention_factor"), NUMBER),
+    **dict.fromkeys(("rope_theta", "factor", "beta_fast", "beta_slow", "attention_factor", *LLAMA3), NUMBER),
     "original_max_position_embeddings": COUNT,
     "rope_type": TEXT,
     "type": TEXT,
