@@ -59,10 +59,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         rules: dict[str, tuple[Callable[[Any], bool], str]] = {
             "do_sample": (lambda v: isinstance(v, bool), "True or False"),
-            "temperature": (
-                lambda v: _real(v) and 0 < v < math.inf,
-                "above 0 (for the likeliest token use do_sample=False)",
-            ),
+            "temperature": (lambda v: _real(v) and 0 < v < math.inf, "above 0 (do_sample=False is greedy)"),
             "top_k": (lambda v: _whole(v) and v >= 0, "a whole number, 0 (off) or above"),
             "top_p": (lambda v: _real(v) and 0 < v <= 1, "in (0, 1]"),
             "min_p": (lambda v: _real(v) and 0 <= v <= 1, "in [0, 1]"),
@@ -72,9 +69,7 @@ class SamplingParams:
                 "a whole number in 0..2**32-1, or one a sample",
             ),
             "stop": (
-                lambda v: (
-                    isinstance(v, Sequence) and not isinstance(v, str) and all(isinstance(s, str) and s for s in v)
-                ),
+                lambda v: isinstance(v, list | tuple) and all(isinstance(s, str) and s for s in v),
                 "a list of strings that are not empty",
             ),
         }
@@ -102,9 +97,7 @@ class SamplingParams:
 
     def controls(self, eos_ids: Sequence[int], allowed: Array, samples: int, rows: int) -> "Controls":
         if np.ndim(self.seed) and np.size(self.seed) != samples:
-            raise InputError(
-                f"seed is for {np.size(self.seed)} samples, there are {samples}; give one, or one a sample"
-            )
+            raise InputError(f"seed is for {np.size(self.seed)} samples, not {samples}; give one, or one a sample")
         return Controls(
             np.float32(self.temperature),
             np.int32(self.top_k),

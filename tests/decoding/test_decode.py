@@ -609,7 +609,7 @@ def test_logits_need_no_prompt_array_unless_it_is_looked_at():
         ({"min_p": 2.0}, "min_p is 2.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"seed": -1}, "seed is -1"),
-        ({"seed": [0, 1, 2]}, "seed is for 3 samples, there are 2"),
+        ({"seed": [0, 1, 2]}, "seed is for 3 samples, not 2"),
         ({"stop": "a"}, "stop is 'a'"),
         ({"stop": [""]}, r"stop is \[''\]"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),

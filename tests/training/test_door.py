@@ -11,13 +11,13 @@ import tiny
 from examples import SMALL, WORKED
 from runs import inputs, metrics, pretrain_flags
 from safetensors.numpy import load_file
-from sources import convert, make_source
+from sources import convert
 
 from pd_jax import ParallelDecoder
 from pd_jax.config import SECTION
-from pd_jax.files import load_adapter, load_config, load_params
+from pd_jax.files import load_adapter, load_config, load_params, write_params
 from pd_jax.lora import merge
-from pd_jax.params import init_params
+from pd_jax.params import SIBLING_BIAS_START, init_params
 from pd_jax.training import Optimisation, make_optimizer, pretrain
 from pd_jax.training.loop import door_line
 from pd_jax.training.step import BIAS_TRAVEL
@@ -115,8 +115,12 @@ def test_a_mix_trains_and_is_decoded_in_columns_unless_asked_otherwise(tmp_path,
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
     """Pretrained weights as the hub has them: they know nothing of columns."""
-    directory = make_source(tmp_path_factory.mktemp("stock") / "hf")
-    assert SECTION not in json.loads((directory / "config.json").read_text())
+    directory = tiny.model_directory(tmp_path_factory.mktemp("stock") / "hf", pair_indices=())
+    config = load_config(directory)
+    write_params(directory, init_params(config, jax.random.key(0)), config)
+    stored = json.loads((directory / "config.json").read_text())
+    del stored[SECTION]
+    (directory / "config.json").write_text(json.dumps(stored))
     return directory
 
 
@@ -150,7 +154,7 @@ def test_stock_weights_get_a_door_that_lora_trains_too(stock, tmp_path, capsys, 
     layout = decoder.layout([WORKED, SMALL])
     np.testing.assert_allclose(merged.logits(layout), decoder.logits(layout), atol=1e-4)
     plain = merge({**load_params(stock, config)}, {k: v for k, v in adapters.items() if k != "sibling_bias"}, lora)
-    assert set(np.unique(plain["layers"]["sibling_bias"])) == {-8.0}
+    assert set(np.unique(plain["layers"]["sibling_bias"])) == {SIBLING_BIAS_START}
     other = ParallelDecoder(config, plain, tiny.tokenizer(), ())
     assert np.abs(other.logits(layout) - decoder.logits(layout)).max() > 1e-3  # it is used
     further = lora_flags(stock, tmp_path / "further", use_lora=False, adapter=str(output), max_steps=1)
