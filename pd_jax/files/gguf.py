@@ -12,8 +12,9 @@ import numpy as np
 from pd_jax.columns import inverse_frequencies
 from pd_jax.config import SECTION, Dtype, Llama3Rope, ModelConfig
 from pd_jax.errors import InputError
-from pd_jax.files.checks import differences, raise_collected
+from pd_jax.files.checks import differences, finite, raise_collected
 from pd_jax.files.config_json import config_from_hf, config_to_hf
+from pd_jax.files.directories import check_rows
 from pd_jax.files.names import key_table
 from pd_jax.files.safetensors import Pending, write_safetensors
 from pd_jax.files.saving import check_new, staging, write_json
@@ -52,10 +53,11 @@ def import_gguf(file: Path, output: Path, dtype: Dtype = "float32") -> Converted
             model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype))
         except Exception as error:
             raise InputError(f"{file}: transformers cannot read it ({_reason(error)})") from None
+        check_rows(tokenizer, config.vocab_size, str(file))
         _split_digits(tokenizer, metadata)
         tokenizer.save_pretrained(stage)
         weights = model.state_dict()
-        pending = {name: _pending(weights[name]) for name in key_table(config)}
+        pending = {name: _pending(file, name, weights[name]) for name in key_table(config)}
         write_safetensors(stage / "model.safetensors", pending)
         plain = {name: value for name, value in config_to_hf(config).items() if name != SECTION}
         write_json(stage / "generation_config.json", special)
@@ -64,14 +66,17 @@ def import_gguf(file: Path, output: Path, dtype: Dtype = "float32") -> Converted
     return Converted(f"{', '.join(f'{kind} x {count}' for kind, count in counts)} -> {dtype}", special["eos_token_id"])
 
 
-def _pending(tensor: Any) -> Pending:
-    """A tensor of torch's as what is to be written. numpy has no bfloat16 of its own: that goes by its bits."""
+def _pending(file: Path, name: str, tensor: Any) -> Pending:
+    """A tensor of torch's as what is to be written. numpy has no bfloat16 of its own: that goes by its bits. Raises
+    `InputError` for NaN and infinity."""
     import torch
 
     if tensor.dtype == torch.bfloat16:
         array = tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     else:
         array = tensor.numpy()
+    if not finite(array):
+        raise InputError(f"{file}: {name} holds NaN or infinity; it is damaged, or overflows in another dtype")
     return Pending(array.dtype, array.shape, lambda: array)
 
 
