@@ -77,7 +77,7 @@ RECIPES: dict[str, Recipe] = {
     "lookup": Recipe(head_dim=64, learning_rate=2e-3, steps=1200, branches=(1, 2, 3, 4)),
 }
 CHECK_STEPS = 50  # between two looks at decoded accuracy
-CHECK_ROWS, ROWS = 256, 512  # samples decoded at each look, and at the end
+CHECK_ROWS, ROWS = 128, 512  # samples decoded at each look, and at the end
 NEAR = 0.005  # this close to the optimum, beyond the standard error, is there
 
 
