@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from pd_jax.benchmarks import AblateFlags
 from pd_jax.evaluation import EvaluateFlags
 from pd_jax.planning import PlanFlags
 from pd_jax.training import FinetuneFlags, PretrainFlags
@@ -20,7 +21,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line]
 STAGES = [shlex.split(line) for line in COMMANDS if line.startswith("python ")]
-FLAGS = {"pretrain": PretrainFlags, "finetune": FinetuneFlags, "evaluate": EvaluateFlags, "plan": PlanFlags}
+FLAGS = {
+    "ablate": AblateFlags,
+    "pretrain": PretrainFlags,
+    "finetune": FinetuneFlags,
+    "evaluate": EvaluateFlags,
+    "plan": PlanFlags,
+}
 
 
 def test_the_first_screen_has_exactly_two_commands_that_install():
