@@ -63,7 +63,7 @@ def demo(model: str, *questions: str) -> list[str]:
         (pretrain("no-tokenizer"), "has no tokenizer"),
         (pretrain("damaged"), "its tokenizer cannot be read"),
         (pretrain("adapter"), "is a LoRA adapter; pass its base"),
-        (pretrain("plain"), "outside 1..8"),
+        (pretrain("plain", "--pair-indices", "16"), "outside 1..8"),
         (pretrain("base", "--branch-cuont", "3"), "did you mean --branch-count?"),
         (pretrain("base", "--config", "@run.yaml"), "unknown key 'branch_cuont' (did you mean branch_count?)"),
         (pretrain("base", "--config", "@latin.yaml"), "is not valid YAML"),

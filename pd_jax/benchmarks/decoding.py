@@ -209,8 +209,7 @@ def time_decoding(flags: DecodeFlags) -> None:
     weights = unstack(params, dtype)
     every_column = sum(x.nbytes for x in jax.tree.leaves(weights))  # bytes of the weights that it reads
     every_column -= 0 if config.tie_word_embeddings else weights["embed"].nbytes
-    never = (config.vocab_size,)  # no token ends a branch
-    base = ParallelDecoder(config, weights, tokens_only(config.vocab_size), never, dtype=dtype)
+    base = ParallelDecoder(config, weights, tokens_only(config.vocab_size), (), dtype=dtype)  # no end
     ours = {
         name: base.variant(visibility=name, align="ragged" if name == "isolated" else "left")
         for name in flags.visibility

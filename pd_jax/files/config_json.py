@@ -196,6 +196,7 @@ def known_config(name: str) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
+        pair_indices=default_pairs(head_dim),
         tie_word_embeddings=tied,
         **rest,
     )

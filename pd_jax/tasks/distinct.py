@@ -1,7 +1,8 @@
 """distinct: one after the other, every branch draws an item of four that nobody has said before.
 
-Branch i: [rank i, ASK] -> [WAIT x 2(i - 1), a free draw of the items that are left]; of distinctsame every prompt is
-[ASK]. A sample is right as a whole, when all items differ.
+Branch i: [rank i, ASK] -> [WAIT x 2(i - 1), a free draw of the items that are left]. Of distinctsame every prompt is
+[ASK], behind a background [BOS]: from there branch pairs tell which branch it is. A sample is right as a whole, when
+all items differ.
 
 isolated   4! / ((4 - B)! 4^B), 9.4 % of 4 branches: to a branch that hears nothing all four items are left.
 prompts    the same: the draws are in no prompt.
@@ -18,7 +19,7 @@ from functools import partial
 import numpy as np
 
 from pd_jax.layout import Branch, TokenSample
-from pd_jax.tasks.task import ASK, DIGIT, END, RANK, WAIT, Task, last_tokens
+from pd_jax.tasks.task import ASK, BOS, DIGIT, END, RANK, WAIT, Task, last_tokens
 
 ITEMS = 4
 
@@ -27,7 +28,7 @@ def sample_of(items: Sequence[int], same: bool) -> TokenSample:
     """Of the branches' items; `same` leaves the ranks out of the prompts."""
     answers = [[*[WAIT] * (2 * i), DIGIT + item] for i, item in enumerate(items)]
     prompts = [[ASK] if same else [RANK + i, ASK] for i in range(len(items))]
-    return TokenSample([], [Branch(*texts, END) for texts in zip(prompts, answers, strict=True)])
+    return TokenSample([BOS] if same else [], [Branch(*texts, END) for texts in zip(prompts, answers, strict=True)])
 
 
 def make(rng: np.random.Generator, branches: int, same: bool) -> TokenSample:

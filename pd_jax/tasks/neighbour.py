@@ -2,8 +2,8 @@
 
 Branch i: [own secret, ASK] -> [the secret of branch i-1], NONE for the first; secrets are all different.
 
-isolated   (1 + (B - 1) / 7) / B, 35.7 % of 4 branches: with branch pairs the first branch knows that it is the first;
-           to every other one the 7 secrets that are not its own are equally likely. Without pairs 1/B: NONE.
+isolated   1/B, 25 % of 4 branches: branch pairs tell how far away a token's branch is, and a branch that sees its own
+           tokens only does not know which one it is. NONE is right for the first.
 prompts    100 %: secrets stand in the prompts, two columns before the answer.
 columns    100 %, and the same mask as prompts: an answer is one token.
 no signal  1/B, 25 % of 4 branches: all say the same, and every answer is right for one branch. With sibling_bias alone
@@ -30,9 +30,8 @@ def make(rng: np.random.Generator, branches: int) -> TokenSample:
     return sample_of(rng.permutation(SECRETS)[:branches].tolist())
 
 
-def optimum(branches: int, secrets: int = SECRETS) -> dict[str, float | None]:
-    alone = (1 + (branches - 1) / (secrets - 1)) / branches
-    return {"isolated": alone, "prompts": 1.0, "columns": 1.0, "no signal": 1 / branches}
+def optimum(branches: int) -> dict[str, float | None]:
+    return {"isolated": 1 / branches, "prompts": 1.0, "columns": 1.0, "no signal": 1 / branches}
 
 
 TASK = Task(

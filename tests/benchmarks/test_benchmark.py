@@ -65,7 +65,7 @@ def test_what_is_timed_of_decoding_is_what_generate_does(monkeypatch, visibility
 
     monkeypatch.setattr(kind, "decode", spy)
     weights = init_params(config, jax.random.key(0))
-    never = (config.vocab_size,)
+    never = ()
     decoder = ParallelDecoder(config, weights, tiny.tokenizer(), never, visibility=visibility, align=align)
     sample = TokenSample([5] * 9, [Branch([6, 7]), Branch([8]), Branch([9, 10, 11])])
     results = decoder.generate([sample], max_new_tokens=40)

@@ -353,7 +353,7 @@ def test_stream_says_what_generate_says():
 
 # --- sampling
 def controls(allowed=None, eos=NEVER, **options):
-    return SamplingParams(**options).controls(eos, np.ones(8, bool) if allowed is None else allowed)
+    return SamplingParams(**options).controls(eos, np.ones(8, bool) if allowed is None else allowed, 1, 1)
 
 
 def test_cut_keeps_what_has_less_than_the_limit_above_it():
@@ -387,7 +387,7 @@ def test_the_distribution_is_that_of_transformers(options):
     asked = SamplingParams(do_sample=True, **options)
     seen = np.zeros((5, 50), bool)
     np.put_along_axis(seen, history, True, axis=1)
-    ours = distribution(asked.method(), asked.controls((), np.ones(50, bool)), scores, seen)
+    ours = distribution(asked.method(), asked.controls((), np.ones(50, bool), 1, 1), scores, seen)
     makers = {
         "repetition_penalty": hf.RepetitionPenaltyLogitsProcessor,
         "temperature": hf.TemperatureLogitsWarper,
@@ -459,7 +459,7 @@ def test_the_repetition_penalty_sees_a_branch_alone():
     asked = SamplingParams(repetition_penalty=50.0)
     program = Program(PLAIN, "isolated", asked.method())
     rows = make_prompt([sample, sample], [[9] * 3] * 2, "ragged", "isolated")
-    state, token = prefill(ours.weights, asked.controls(NEVER, ours._allowed), rows, program=program, room=BLOCK)
+    state, token = prefill(ours.weights, asked.controls(NEVER, ours._allowed, 2, 2), rows, program=program, room=BLOCK)
     for b, branch in enumerate(sample.branches):
         assert set(np.flatnonzero(state.seen[0, b])) == {*branch.prompt, int(token[0, b])}
     answers = tokens(ours.generate([sample, sample], max_new_tokens=10, repetition_penalty=50.0))[0]
@@ -494,7 +494,7 @@ def test_the_cache_is_predicted_and_stays_in_place():
     ours = alone()
     program, asked = Program(PLAIN, "isolated", Method()), SamplingParams()
     rows = make_prompt(ASKED, [[9] * 3, [9] * 2], "ragged", "isolated")
-    arguments = ours.weights, asked.controls(NEVER, ours._allowed)
+    arguments = ours.weights, asked.controls(NEVER, ours._allowed, 2, 2)
     state, _ = prefill(*arguments, rows, program=program, room=BLOCK)
     predicted = cache_bytes(PLAIN, samples=2, tokens=32, branches=3, columns=BLOCK, dtype="float32")
     assert predicted == sum(array.nbytes for pair in state.cache for array in pair)

@@ -74,8 +74,8 @@ def test_files_are_enough_to_recompute_the_table(finished):
     assert re.fullmatch("[0-9a-f]{64}", stored["settings"]["columns"]["weights"][0])
     assert stored["flags"] == json.loads(json.dumps(dataclasses.asdict(flags)))
     report = (output / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 5  # two rows see siblings
-    assert [*results["sight"]] == ["prompts", "columns"]
+    assert report.count("data:image/png;base64,") == 4  # one row sees siblings
+    assert [*results["sight"]] == ["columns"]
     shares = results["sight"]["columns"]["attention"]
     assert sum(shares[0][0]) == pytest.approx(1, abs=1e-3)
     assert results["sight"]["columns"]["effect"] > 0.01

@@ -50,6 +50,8 @@ NOT_WHOLE = [1.5, 2.0, True, math.inf, math.nan, "3", [1], {}]
 @pytest.mark.parametrize("name", ["seed", "top_k", "max_new_tokens", "every"])
 def test_no_whole_number(decoder, name, value):
     call = decoder.columns if name == "every" else decoder.generate
+    if name == "seed" and value == [1]:  # one per sample
+        return
     refused(lambda: list(call([GOOD], **{name: value})), name)
 
 

@@ -49,8 +49,8 @@ class Eyes:
     """All that a model of any depth can know at a token, as one number, the token's colour.
 
     A colour stands for the token, its column and the colours of all tokens that the mask shows, which carry what they
-    see in turn. Those come without order, as attention takes them. signal: "pairs" puts the branch into the colour,
-    "bias" tells own from siblings', "none" does neither.
+    see in turn. Those come without order, as attention takes them. signal: "pairs" tells how far away the branch of
+    every token is that it sees, as RoPE does, "bias" tells own from siblings', "none" does neither.
     """
 
     def __init__(self, visibility: str, signal: str) -> None:
@@ -63,12 +63,12 @@ class Eyes:
         colours: list[int] = []  # in column-major order whatever a token sees has its colour already
         for i, seen in enumerate(seen_by(branch, column, prompt, self.visibility)):
             others = [j for j in seen if branch[j] not in (0, branch[i])] if self.signal == "bias" else []
+            far = [branch[j] - branch[i] if self.signal == "pairs" else 0 for j in range(len(colours))]
             key = (
                 int(layout.tokens[0, i]),
                 column[i],
-                branch[i] if self.signal == "pairs" else None,
-                tuple(sorted(colours[j] for j in seen if j not in others)),
-                tuple(sorted(colours[j] for j in others)),
+                tuple(sorted((far[j], colours[j]) for j in seen if j not in others)),
+                tuple(sorted((far[j], colours[j]) for j in others)),
             )
             colours.append(self.known.setdefault(key, len(self.known)))
         return colours
@@ -151,7 +151,7 @@ INSTANCES: dict[str, tuple[list[TokenSample], dict[str, float | None]]] = {
     "chain": ([chain.sample_of(numbers) for numbers in ranges(5, 5, 5)], chain.optimum(3)),
     "odd": ([odd.sample_of(np.reshape(bits, (3, 2)).tolist()) for bits in ranges(*[2] * 6)], odd.optimum(3)),
     "relay": (relays(secrets=5), relay.optimum(3, secrets=5)),
-    "neighbour": ([neighbour.sample_of(secrets) for secrets in orders(5, 3)], neighbour.optimum(3, secrets=5)),
+    "neighbour": ([neighbour.sample_of(secrets) for secrets in orders(5, 3)], neighbour.optimum(3)),
     "number": ([number.sample_of(numbers) for numbers in orders(5, 3)], number.optimum(3)),
     "distinct": ([distinct.sample_of(items, False) for items in orders(4, 4)], distinct.optimum(4)),
     "distinctsame": ([distinct.sample_of(items, True) for items in orders(4, 4)], distinct.optimum(4)),
@@ -210,7 +210,7 @@ def test_without_pairs_a_branch_alone_does_not_know_which_one_it_is(name):
         ("chain", 0.4, 1, 1, []),
         ("odd", 0.375, 1, 1, []),
         ("relay", 1 / 7, 1, 1, [0.25]),
-        ("neighbour", 5 / 14, 1, 1, [0.25]),
+        ("neighbour", 0.25, 1, 1, [0.25]),
         ("number", 1, 1, 1, [0.25]),
         ("distinct", 0.09375, 0.09375, 1, [1 / 24]),
         ("distinctsame", 0.09375, 0.09375, 1, [1 / 24]),
