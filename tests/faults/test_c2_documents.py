@@ -50,7 +50,7 @@ def test_files(tmp_path, name, content, message, streaming):
 def test_a_cut_gzip_is_named_and_its_good_rows_can_be_had(tmp_path, streaming):
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(gzip.compress(LINES)[:-2000])
-    with pytest.raises(ValueError, match=r"x\.jsonl\.gz'?: row \d+: the file is damaged or cut off"):
+    with pytest.raises(ValueError, match=r"x\.jsonl\.gz': row \d+: the file is damaged or cut off"):
         read(path, streaming)
     rows = read(path, streaming, bad := BadRows(skip=True))
     assert 0 < len(rows) < 2000

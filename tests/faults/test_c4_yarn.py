@@ -33,6 +33,7 @@ def test_how_long_contexts_may_be(tmp_path, changes, most):
     assert {key: again[key] for key in hf | changes} == hf | changes  # an export keeps the card's own fields
 
 
+@pytest.mark.slow
 def test_they_are_decoded():
     config = tiny.config(max_position_embeddings=40, yarn=Yarn(factor=4.0, original_max_position_embeddings=32))
     decoder = ParallelDecoder(config, init_params(config, jax.random.key(0)), tiny.tokenizer(), (319,))
