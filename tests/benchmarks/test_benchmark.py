@@ -25,6 +25,7 @@ def report(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_attention():
     shape = ["--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--branches", "4"]
     text = report("attention", "--tokens", "96", *shape, "--repeat", "1", "--no-model")
