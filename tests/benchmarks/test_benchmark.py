@@ -54,6 +54,7 @@ def test_compiling_is_neither_timed_nor_charged_and_what_takes_too_long_is_not_c
     assert timings["compiles"].seconds < 0.1 < timings["slow"].seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("visibility", "align"), [("columns", "left"), ("isolated", "ragged")])
 def test_what_is_timed_of_decoding_is_what_generate_does(monkeypatch, visibility, align):
     config, decoded = tiny.config(), []

@@ -47,6 +47,7 @@ def test_the_bias_can_move_by_several_units_whatever_the_run(steps):
     assert travel(steps, learning_rate=0.0) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_run_shows_the_door_and_moves_it(tmp_path, capsys):
     output = tmp_path / "out"
     pretrain(pretrain_flags(output, **DOOR))

@@ -70,6 +70,7 @@ def test_finetuning_goes_on_as_pretraining_did(control, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_adapters_carry_their_own(control, tmp_path):
     """Adapters trained otherwise than their base are decoded as they were trained."""
     output = tmp_path / "adapter"

@@ -158,7 +158,7 @@ def test_the_loss_is_the_mean_over_weighted_targets():
     np.testing.assert_allclose(compiled_step()(rows)[1]["loss"], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
 def test_recomputing_changes_nothing(remat):
     plain, recomputed = (compiled_step(policy)(random_rows(4))[1]["grad_norm"] for policy in ("none", remat))
     np.testing.assert_allclose(plain, recomputed, rtol=1e-5)
@@ -390,6 +390,7 @@ def test_every_micro_batch_is_the_same_for_any_number_of_processes(monkeypatch, 
         assert not np.array_equal(micro(two[0]), micro(two[1]))
 
 
+@pytest.mark.slow
 def test_rows_of_squad_are_full():
     """Contexts packed at --max-length 1024: at least 0.85 of the tokens are used, and packing 8,000 takes no time."""
     data = Path(os.environ.get("PD_JAX_DATA", Path(__file__).parents[3] / "shared" / "data"))
