@@ -326,8 +326,11 @@ def ablate(flags: AblateFlags) -> None:
     runs = [
         r for r in _done(path) if _current(r) and (Cell(r["task"], r["scheme"], r["visibility"]), r["seed"]) in wanted
     ]
+    asked = ["--quick"] if flags.quick else []
+    asked += ["--tasks", *flags.tasks] if flags.tasks else []
+    asked += ["--schemes", *flags.schemes] if flags.schemes else []
     about = {
-        "command": "python scripts/ablate.py" + (" --quick" if flags.quick else ""),
+        "command": " ".join(["python scripts/ablate.py", *asked]),
         "seeds": list(seeds),
         "machine": f"{processes} processes, one core each, of {platform.machine()} {_cpu_name()}".strip(),
         "runs": len(runs),
