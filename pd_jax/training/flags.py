@@ -17,7 +17,10 @@ class TrainFlags:
     model_name: str = flag("Qwen/Qwen3-4B", "model directory, pd_jax checkpoint or hub id to start from", group=MODEL)
     random_init: bool = flag(False, "start from random weights; config.json and tokenizer are enough", group=MODEL)
     pair_indices: tuple[int, ...] | None = flag(
-        None, "1-based RoPE pairs; the 1st, 3rd, ... turn with the branch; 8 16 24 if none is stored", group=MODEL
+        None,
+        "1-based RoPE pairs; the 1st, 3rd, ... turn with the branch; if none is stored 8 16 24 for heads of 128, and "
+        "the same frequencies for others",
+        group=MODEL,
     )
     sibling_bias: bool | None = flag(
         None, "a learned bias per layer and head towards sibling branches; if not given, added to pretrained weights "

@@ -57,8 +57,8 @@ class Run:
     """How long a run goes on, what it says and what it leaves behind."""
 
     output: Path
-    flags: dict[str, Any]  # as run.json keeps them, and the prints of the data by their names
-    data: dict[str, str]
+    flags: dict[str, Any]  # this and the next as run.json keeps them
+    data: dict[str, str]  # what identifies each data set, by its name
     steps: int  # optimiser steps, at most
     accumulation: int  # micro-batches of a step
     rows: int  # of a step, over all micro-batches and devices
