@@ -207,6 +207,11 @@ def build_layout(
     return out
 
 
+def unanswered(sample: TokenSample) -> TokenSample:
+    """The prompts alone, as decoding takes them."""
+    return replace(sample, branches=[Branch(branch.prompt) for branch in sample.branches])
+
+
 def fit(sample: TokenSample, length: int) -> TokenSample | None:
     """`sample` within `length` tokens: the end of the background is cut first; None when even that is not enough.
 

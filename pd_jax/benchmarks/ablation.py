@@ -23,8 +23,8 @@ from pd_jax.benchmarks.findings import write_findings
 from pd_jax.cli import flag
 from pd_jax.config import ROW_VISIBILITIES, VISIBILITIES, RowVisibility, Visibility
 from pd_jax.errors import InputError
-from pd_jax.layout import TokenSample, build_layout
-from pd_jax.tasks import END, TASKS, VOCABULARY, Task, unanswered
+from pd_jax.layout import TokenSample, build_layout, unanswered
+from pd_jax.tasks import END, TASKS, VOCABULARY, Task
 
 TaskName = Literal[
     "drawn", "chain", "odd", "relay", "neighbour", "number", "distinct", "distinctsame", "vote", "lookup"
@@ -277,17 +277,18 @@ def _pin(cores: Sequence[int]) -> None:
         os.sched_setaffinity(0, {cores[(current_process()._identity[0] - 1) % len(cores)]})
 
 
-def _as_json(value: Any) -> Any:
-    """As it comes back from a file."""
-    return json.loads(json.dumps(value))
-
-
 def _done(path: Path) -> list[Run]:
-    """The runs of an earlier call; a line that was cut when it was stopped is dropped."""
+    """The runs of earlier calls that are of today's recipes; a line that was cut is dropped from the file."""
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     if lines and lines[-1]:
         path.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
-    return [json.loads(line) for line in lines[:-1]]
+    now = {task: json.loads(json.dumps(asdict(recipe))) for task, recipe in RECIPES.items()}
+    return [run for run in map(json.loads, lines[:-1]) if run["recipe"] == now.get(run["task"])]
+
+
+def _key(run: Run) -> tuple[Cell, int]:
+    """What a run is one of: its cell and its seed."""
+    return Cell(run["task"], run["scheme"], run["visibility"]), run["seed"]
 
 
 def ablate(flags: AblateFlags) -> None:
@@ -301,9 +302,8 @@ def ablate(flags: AblateFlags) -> None:
     output.mkdir(parents=True, exist_ok=True)
     seeds = flags.seeds or ((0,) if flags.quick else (0, 1, 2))
     cells, path = grid(flags), output / "runs.jsonl"
-    done = _done(path)
-    have = {(Cell(r["task"], r["scheme"], r["visibility"]), r["seed"]) for r in done if _current(r)}
-    missing = {cell: [seed for seed in seeds if (cell, seed) not in have] for cell in cells}
+    done = {_key(run): run for run in _done(path)}
+    missing = {cell: [seed for seed in seeds if (cell, seed) not in done] for cell in cells}
     missing = {cell: left for cell, left in missing.items() if left}
     # The longest first: no process waits for another's last cell.
     order = sorted(missing, key=lambda cell: -RECIPES[cell.task].steps * RECIPES[cell.task].batch)
@@ -315,6 +315,7 @@ def ablate(flags: AblateFlags) -> None:
     for runs in _run_cells(order, missing, processes, cores):
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(run) + "\n" for run in runs)
+        done |= {_key(run): run for run in runs}
         count += len(runs)
         spent = time.perf_counter() - began
         for run in runs:
@@ -322,10 +323,7 @@ def ablate(flags: AblateFlags) -> None:
         print(
             f"[{count}/{total}] {spent / 60:.1f} min, about {spent / count * (total - count) / 60:.0f} left", flush=True
         )
-    wanted = {(cell, seed) for cell in cells for seed in seeds}
-    runs = [
-        r for r in _done(path) if _current(r) and (Cell(r["task"], r["scheme"], r["visibility"]), r["seed"]) in wanted
-    ]
+    runs = [done[cell, seed] for cell in cells for seed in seeds]
     asked = ["--quick"] if flags.quick else []
     asked += ["--tasks", *flags.tasks] if flags.tasks else []
     asked += ["--schemes", *flags.schemes] if flags.schemes else []
@@ -339,11 +337,6 @@ def ablate(flags: AblateFlags) -> None:
     (output / "results.json").write_text(json.dumps({**about, "results": runs}, indent=1) + "\n", encoding="utf-8")
     write_findings(output, about, runs)
     print(f"{output / 'findings.md'} and results.json are written", flush=True)
-
-
-def _current(run: Run) -> bool:
-    """Whether a run was made as the recipes stand now."""
-    return run["task"] in RECIPES and run["recipe"] == _as_json(asdict(RECIPES[run["task"]]))
 
 
 def _cpu_name() -> str:

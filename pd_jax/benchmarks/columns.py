@@ -7,7 +7,8 @@ from pd_jax.benchmarks.ablation import Cell, Recipe, run_cell
 from pd_jax.benchmarks.models import shape_of, tokens_only
 from pd_jax.benchmarks.timing import Contender, fastest
 from pd_jax.cli import flag
-from pd_jax.tasks import Task, odd, unanswered
+from pd_jax.layout import unanswered
+from pd_jax.tasks import Task, odd
 
 VOCABULARY = 4096  # of the model that is timed
 STEPS = 1500  # of training, at most

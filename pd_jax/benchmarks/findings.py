@@ -12,20 +12,19 @@ SAME = 0.01  # a mean this close to the optimum is at it
 
 
 def write_findings(output: Path, about: Mapping[str, Any], runs: Sequence[Run]) -> None:
-    """findings.md, accuracy.png and accuracy.svg in `output`; of a part of the grid, what that part says."""
+    """findings.md, accuracy.png and accuracy.svg in `output`, in the order of `runs`; of a part of the grid, what that
+    part says."""
     groups: Groups = defaultdict(list)
-    for run in sorted(runs, key=lambda run: run["seed"]):
+    for run in runs:
         groups[run["task"], run["scheme"], run["visibility"]].append(run)
     tasks = list(dict.fromkeys(run["task"] for run in runs))
     schemes = list(dict.fromkeys(run["scheme"] for run in runs if run["visibility"] == "columns"))
-    ordered = [task for task in TASK_ORDER if task in tasks], [name for name in SCHEME_ORDER if name in schemes]
-    draw(output, groups, *ordered)
-    (output / "findings.md").write_text("\n".join(_page(about, groups, *ordered)) + "\n", encoding="utf-8")
+    draw(output, groups, tasks, schemes)
+    page = "\n".join(_page(about, groups, tasks, schemes))
+    (output / "findings.md").write_text(page + "\n", encoding="utf-8")
 
 
-TASK_ORDER = ("drawn", "chain", "odd", "relay", "neighbour", "number", "distinct", "distinctsame", "vote", "lookup")
-SCHEME_ORDER = ("none", "pairs", "pairs1", "bias-8", "bias0", "both")
-VISIBILITIES = ("isolated", "prompts", "columns")
+SEEN = ("isolated", "prompts", "columns")  # the visibilities, from who sees least to who sees most
 
 
 def _scores(runs: Iterable[Run], visibility: str) -> list[float]:
@@ -77,17 +76,17 @@ def _page(about: Mapping[str, Any], groups: Groups, tasks: Sequence[str], scheme
         "",
         "## Findings",
         "",
-        *[f"* {line}" for line in _findings(groups, tasks, schemes)],
+        *[f"* {line}" for line in _findings(groups, tasks)],
         "",
         "## Whom a branch sees (scheme `both`)",
         "",
     ]
     rows = [
-        [task, *(cell(groups.get((task, "both", seen), []), seen) for seen in VISIBILITIES)]
+        [task, *(cell(groups.get((task, "both", seen), []), seen) for seen in SEEN)]
         for task in tasks
         if (task, "both", "columns") in groups
     ]
-    lines += _table(["task", *VISIBILITIES], rows)
+    lines += _table(["task", *SEEN], rows)
     lines += ["## What tells branches apart (visibility `columns`)", ""]
     rows = [[task, *(cell(groups.get((task, name, "columns"), []), "columns") for name in schemes)] for task in tasks]
     lines += _table(["task", *schemes], rows)
@@ -121,7 +120,7 @@ def _page(about: Mapping[str, Any], groups: Groups, tasks: Sequence[str], scheme
     return lines
 
 
-def _findings(groups: Groups, tasks: Sequence[str], schemes: Sequence[str]) -> list[str]:
+def _findings(groups: Groups, tasks: Sequence[str]) -> list[str]:
     """Sentences, each with the numbers that make it true; one that the runs do not support is not written."""
 
     def reached(runs: Sequence[Run], visibility: str) -> bool:
@@ -217,9 +216,6 @@ def _findings(groups: Groups, tasks: Sequence[str], schemes: Sequence[str]) -> l
     return out
 
 
-COLOURS = dict(zip((*SCHEME_ORDER, "isolated", "prompts"), [*(f"C{i}" for i in range(6)), "0.35", "0.65"], strict=True))
-
-
 def draw(output: Path, groups: Groups, tasks: Sequence[str], schemes: Sequence[str]) -> None:
     """Mean decoded accuracy by task and scheme, a dot a seed; a line where the optimum of the bar lies."""
     import matplotlib
@@ -227,20 +223,21 @@ def draw(output: Path, groups: Groups, tasks: Sequence[str], schemes: Sequence[s
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds = [(name, "columns", name) for name in schemes]
+    kinds = [(name, "columns", f"C{place}", name) for place, name in enumerate(schemes)]
     kinds += [
-        ("both", seen, seen) for seen in ("isolated", "prompts") if any((t, "both", seen) in groups for t in tasks)
+        ("both", seen, grey, f"both, {seen}")
+        for seen, grey in (("isolated", "0.35"), ("prompts", "0.65"))
+        if any((t, "both", seen) in groups for t in tasks)
     ]
     figure, axes = plt.subplots(figsize=(1.5 + 1.25 * len(tasks), 4.2))
     width = 0.84 / len(kinds)
-    for k, (scheme, seen, label) in enumerate(kinds):
+    for k, (scheme, seen, colour, label) in enumerate(kinds):
         for t, task in enumerate(tasks):
             runs = groups.get((task, scheme, seen), [])
             values, x = _scores(runs, seen), t - 0.42 + (k + 0.5) * width
             if not values:
                 continue
-            shown = f"both, {seen}" if seen != "columns" else label
-            axes.bar(x, mean(values), width * 0.9, color=COLOURS[label], label=shown if t == 0 else None)
+            axes.bar(x, mean(values), width * 0.9, color=colour, label=label if t == 0 else None)
             axes.plot([x] * len(values), values, ".", color="black", markersize=2.5)
             best = _best(runs, seen)
             if best is not None:

@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 
 from pd_jax.columns import Coordinates
@@ -116,8 +117,7 @@ class ParallelDecoder:
         if mesh is not None:
             self.weights = jax.device_put(self.weights, decoding_shardings(config, mesh))
         # A model has more rows than its tokenizer has tokens; the rows beyond were never trained.
-        check_rows(tokenizer, config.vocab_size)
-        known = set(tokenizer.get_vocab().values())
+        known = check_rows(tokenizer, config.vocab_size)
         self._allowed = jnp.array([i in known for i in range(config.vocab_size)])
 
     @classmethod
@@ -222,12 +222,7 @@ class ParallelDecoder:
         Needed are tokens, branch, column, segment and valid; prompt only when the visibility is "prompts". Samples are
         seen as their own visibility says, as the decoder's where they have none.
         """
-        arrays, program = self._arrays(layout)
-        with self._on_mesh():
-            out = row_logits(
-                self.weights, arrays["tokens"], Coordinates.of(arrays, program.visibility), program=program
-            )
-        return np.asarray(out)[:, : np.shape(layout["tokens"])[1]]
+        return self._on_rows(row_logits, layout)[:, : np.shape(layout["tokens"])[1]]
 
     def attention(self, layout: Layout | Mapping[str, Any]) -> np.ndarray:
         """Where the tokens of branches look, float32 [S, L, N, 3]: mean shares of their attention on the background,
@@ -235,12 +230,7 @@ class ParallelDecoder:
 
         All scores of a layer are in memory at once. A row without branches is NaN.
         """
-        arrays, program = self._arrays(layout)
-        with self._on_mesh():
-            out = row_attention(
-                self.weights, arrays["tokens"], Coordinates.of(arrays, program.visibility), program=program
-            )
-        return np.asarray(out)
+        return self._on_rows(row_attention, layout)
 
     def sibling_effect(self, layout: Layout | Mapping[str, Any]) -> np.ndarray:
         """How much the siblings change what every branch would say, float32 [S, B]: the mean change of the logits of
@@ -257,8 +247,8 @@ class ParallelDecoder:
         with np.errstate(invalid="ignore"):
             return (np.where(there, change[:, None], 0).sum(-1) / there.sum(-1)).astype(np.float32)
 
-    def _arrays(self, layout: Layout | Mapping[str, Any]) -> tuple[dict[str, np.ndarray], Program]:
-        """The arrays of rows [S, T'], padded to a bucket, and the program that reads them."""
+    def _on_rows(self, run: Callable[..., Array], layout: Layout | Mapping[str, Any]) -> np.ndarray:
+        """What `steps.row_logits` or `steps.row_attention` says of rows, padded to a bucket."""
         given = set(layout.keys())
         shape = np.shape(layout["tokens"])
         arrays = {name: np.asarray(layout[name]) for name in ("tokens", "branch", "column", "segment", "valid")}
@@ -270,7 +260,10 @@ class ParallelDecoder:
             raise InputError(f"the layout has no array 'prompt', which visibility {visibility!r} needs")
         arrays |= {"visibility": kind, "prompt": np.asarray(layout["prompt"]) if "prompt" in given else kind < 0}
         width = ((0, 0), (0, bucket(shape[1], SMALLEST_ROW) - shape[1]))
-        return {k: np.pad(array, width) for k, array in arrays.items()}, Program(self.config, visibility, Method())
+        arrays = {name: np.pad(array, width) for name, array in arrays.items()}
+        program = Program(self.config, visibility, Method())
+        with self._on_mesh():
+            return np.asarray(run(self.weights, arrays["tokens"], Coordinates.of(arrays, visibility), program=program))
 
     def _on_mesh(self) -> AbstractContextManager:
         """Programs are compiled for the mesh; entered for every call alone, a generator would leak it to its user."""

@@ -12,7 +12,7 @@ import numpy as np
 from pd_jax.data.squad import Context, to_tokens
 from pd_jax.evaluation.results import Settings, SightEntry
 from pd_jax.evaluation.rows import write_text
-from pd_jax.layout import TokenSample
+from pd_jax.layout import unanswered
 
 if TYPE_CHECKING:
     from pd_jax.decoding import ParallelDecoder
@@ -25,7 +25,7 @@ def look(decoder: "ParallelDecoder", contexts: Sequence[Context], max_new_tokens
     attention, effect = [], []
     for context in contexts[:MOST]:
         sample = to_tokens(context, decoder.tokenizer, decoder.eos_ids[0])
-        asked = TokenSample(sample.background, [replace(branch, answer=(), end=None) for branch in sample.branches])
+        asked = unanswered(sample)
         (result,) = decoder.generate([asked], max_new_tokens=max_new_tokens)
         said = [replace(b, answer=r.token_ids) for b, r in zip(asked.branches, result.branches, strict=True)]
         layout = decoder.layout([replace(asked, branches=said)])

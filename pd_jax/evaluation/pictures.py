@@ -102,8 +102,3 @@ def attention_figure(mass: Sequence[Sequence[Sequence[float]]]) -> Any:
     panels[0].set_ylabel("layer")
     figure.colorbar(image, ax=list(panels), label="share of attention")
     return figure
-
-
-def draw_attention(mass: Sequence[Sequence[Sequence[float]]], path: Path) -> None:
-    """`attention_figure` as a file."""
-    _save(_pyplot(), attention_figure(mass), path)

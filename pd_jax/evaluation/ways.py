@@ -16,7 +16,7 @@ from pd_jax.config import Align, Dtype, ModelConfig, Visibility
 from pd_jax.data.squad import Context, to_tokens
 from pd_jax.errors import InputError
 from pd_jax.evaluation.baselines import Decoded, Transformers, check_weights
-from pd_jax.layout import Branch, TokenSample
+from pd_jax.layout import TokenSample, unanswered
 
 if TYPE_CHECKING:
     from pd_jax.decoding import ParallelDecoder
@@ -176,10 +176,7 @@ def answer_in_columns(
     decoder: "ParallelDecoder", serial: bool, contexts: Sequence[Context], max_new_tokens: int, turns: int | None = None
 ) -> Decoded:
     """Our rows: all branches of all contexts at once, or (`serial`) one question at a time."""
-    samples = []
-    for context in contexts:
-        sample = to_tokens(context, decoder.tokenizer, decoder.eos_ids[0])
-        samples.append(TokenSample(sample.background, [Branch(branch.prompt) for branch in sample.branches]))
+    samples = [unanswered(to_tokens(context, decoder.tokenizer, decoder.eos_ids[0])) for context in contexts]
     if not serial:
         groups = [samples]
     else:

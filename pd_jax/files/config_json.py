@@ -145,50 +145,43 @@ def config_to_hf(config: ModelConfig, original: Mapping[str, Any] | None = None)
     }
 
 
-# layers, hidden, mlp, heads, kv heads, head_dim, tied: from the models' config.json.
-QWEN3 = {
-    "Qwen/Qwen3-0.6B": (28, 1024, 3072, 16, 8, 128, True),
-    "Qwen/Qwen3-1.7B": (28, 2048, 6144, 16, 8, 128, True),
-    "Qwen/Qwen3-4B": (36, 2560, 9728, 32, 8, 128, True),
-    "Qwen/Qwen3-8B": (36, 4096, 12288, 32, 8, 128, False),
-    "Qwen/Qwen3-14B": (40, 5120, 17408, 40, 8, 128, False),
-    "Qwen/Qwen3-32B": (64, 5120, 25600, 64, 8, 128, False),
-}
-QWEN2 = {
-    "Qwen/Qwen2.5-0.5B": (24, 896, 4864, 14, 2, 64, True),
-    "Qwen/Qwen2.5-1.5B": (28, 1536, 8960, 12, 2, 128, True),
-    "Qwen/Qwen2.5-3B": (36, 2048, 11008, 16, 2, 128, True),
-    "Qwen/Qwen2.5-7B": (28, 3584, 18944, 28, 4, 128, False),
-}
-LLAMA3 = {
-    "meta-llama/Llama-3.2-1B": (16, 2048, 8192, 32, 8, 64, True),
-    "meta-llama/Llama-3.2-3B": (28, 3072, 8192, 24, 8, 128, True),
-    "meta-llama/Llama-3.1-8B": (32, 4096, 14336, 32, 8, 128, False),
-}
-SMOLLM2 = {
-    "HuggingFaceTB/SmolLM2-135M": (30, 576, 1536, 9, 3, 64, True),
-    "HuggingFaceTB/SmolLM2-360M": (32, 960, 2560, 15, 5, 64, True),
-    "HuggingFaceTB/SmolLM2-1.7B": (24, 2048, 8192, 32, 32, 64, True),
+LLAMA31_ROPE, LLAMA32_ROPE = Llama3Rope(8.0, 1.0, 4.0, 8192), Llama3Rope(32.0, 1.0, 4.0, 8192)
+
+# What the models of one name share, as fields of `ModelConfig`.
+QWEN3: dict[str, Any] = {"vocab_size": 151936, "rope_theta": 1e6}
+QWEN2 = QWEN3 | {"family": "qwen2"}
+LLAMA3 = {"family": "llama", "vocab_size": 128256, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
+LLAMA3 |= {"max_position_embeddings": 131072}
+SMOLLM2 = {"family": "llama", "vocab_size": 49152, "rope_theta": 1e5, "rms_norm_eps": 1e-5}
+SMOLLM2 |= {"max_position_embeddings": 8192}
+
+# By hub id: layers, hidden, mlp, heads, kv heads, head_dim, tied; and the rest. From the models' config.json.
+KNOWN: dict[str, tuple[tuple[int, int, int, int, int, int, bool], dict[str, Any]]] = {
+    "Qwen/Qwen3-0.6B": ((28, 1024, 3072, 16, 8, 128, True), QWEN3),
+    "Qwen/Qwen3-1.7B": ((28, 2048, 6144, 16, 8, 128, True), QWEN3),
+    "Qwen/Qwen3-4B": ((36, 2560, 9728, 32, 8, 128, True), QWEN3),
+    "Qwen/Qwen3-8B": ((36, 4096, 12288, 32, 8, 128, False), QWEN3),
+    "Qwen/Qwen3-14B": ((40, 5120, 17408, 40, 8, 128, False), QWEN3),
+    "Qwen/Qwen3-32B": ((64, 5120, 25600, 64, 8, 128, False), QWEN3),
+    "Qwen/Qwen2.5-0.5B": ((24, 896, 4864, 14, 2, 64, True), QWEN2),
+    "Qwen/Qwen2.5-1.5B": ((28, 1536, 8960, 12, 2, 128, True), QWEN2),
+    "Qwen/Qwen2.5-3B": ((36, 2048, 11008, 16, 2, 128, True), QWEN2),
+    "Qwen/Qwen2.5-7B": ((28, 3584, 18944, 28, 4, 128, False), QWEN2 | {"vocab_size": 152064}),
+    "meta-llama/Llama-3.2-1B": ((16, 2048, 8192, 32, 8, 64, True), LLAMA3 | {"llama3": LLAMA32_ROPE}),
+    "meta-llama/Llama-3.2-3B": ((28, 3072, 8192, 24, 8, 128, True), LLAMA3 | {"llama3": LLAMA32_ROPE}),
+    "meta-llama/Llama-3.1-8B": ((32, 4096, 14336, 32, 8, 128, False), LLAMA3 | {"llama3": LLAMA31_ROPE}),
+    "HuggingFaceTB/SmolLM2-135M": ((30, 576, 1536, 9, 3, 64, True), SMOLLM2),
+    "HuggingFaceTB/SmolLM2-360M": ((32, 960, 2560, 15, 5, 64, True), SMOLLM2),
+    "HuggingFaceTB/SmolLM2-1.7B": ((24, 2048, 8192, 32, 32, 64, True), SMOLLM2 | {"rope_theta": 1.3e5}),
 }
 
 
 def known_config(name: str) -> ModelConfig:
     """The configuration of a published model by its hub id; nothing is downloaded. Raises `InputError` for an unknown
     one."""
-    known = QWEN3 | QWEN2 | LLAMA3 | SMOLLM2
-    if name not in known:
-        raise InputError(f"model {name!r} is not known here; give a directory, or one of {', '.join(known)}")
-    layers, hidden, mlp, heads, kv_heads, head_dim, tied = known[name]
-    rest: dict[str, Any] = {"vocab_size": 151936, "rope_theta": 1e6}
-    if name in QWEN2:
-        rest |= {"family": "qwen2", "vocab_size": 151936 if tied else 152064}
-    if name in LLAMA3:
-        scaling = Llama3Rope(32.0 if tied else 8.0, 1.0, 4.0, 8192)
-        rest = {"family": "llama", "vocab_size": 128256, "rope_theta": 5e5, "llama3": scaling}
-        rest |= {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072}
-    if name in SMOLLM2:
-        rest = {"family": "llama", "vocab_size": 49152, "rope_theta": 1.3e5 if layers == 24 else 1e5}
-        rest |= {"rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
+    if name not in KNOWN:
+        raise InputError(f"model {name!r} is not known here; give a directory, or one of {', '.join(KNOWN)}")
+    (layers, hidden, mlp, heads, kv_heads, head_dim, tied), rest = KNOWN[name]
     return ModelConfig(
         hidden_size=hidden,
         intermediate_size=mlp,

@@ -76,14 +76,17 @@ def load_tokenizer(directory: Path, rows: int | None = None) -> Any:
     return tokenizer
 
 
-def check_rows(tokenizer: Any, rows: int, name: str = "the model") -> None:
-    """Raise `InputError` when `tokenizer` has tokens for which a model with so many rows of embeddings has none."""
-    tokens = 1 + max(tokenizer.get_vocab().values(), default=-1)
+def check_rows(tokenizer: Any, rows: int, name: str = "the model") -> set[int]:
+    """The ids of `tokenizer`'s tokens. Raises `InputError` when there are tokens for which a model with so many rows of
+    embeddings has none."""
+    known = set(tokenizer.get_vocab().values())
+    tokens = 1 + max(known, default=-1)
     if tokens > rows:
         raise InputError(
             f"{name}: the tokenizer has {tokens} tokens and the model {rows} rows of embeddings; use the tokenizer "
             "that belongs to the model"
         )
+    return known
 
 
 def load_eos_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:

@@ -10,17 +10,16 @@ import ml_dtypes
 import numpy as np
 
 from pd_jax.columns import inverse_frequencies
-from pd_jax.config import SECTION, Dtype, Llama3Rope, ModelConfig
+from pd_jax.config import Dtype, ModelConfig
 from pd_jax.errors import InputError
 from pd_jax.files.checks import differences, finite, raise_collected
-from pd_jax.files.config_json import config_from_hf, config_to_hf
+from pd_jax.files.config_json import LLAMA31_ROPE, LLAMA32_ROPE, config_from_hf
 from pd_jax.files.directories import check_rows
 from pd_jax.files.names import key_table
 from pd_jax.files.safetensors import Pending, write_safetensors
-from pd_jax.files.saving import check_new, staging, write_json
+from pd_jax.files.saving import check_new, staging, write_plain_config
 
 ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3's stretched RoPE divides every frequency by
-LLAMA3_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.2; the other three numbers are the same
 END_TOKENS = ("eos", "eot", "eom")
 
 
@@ -59,9 +58,7 @@ def import_gguf(file: Path, output: Path, dtype: Dtype = "float32") -> Converted
         weights = model.state_dict()
         pending = {name: _pending(file, name, weights[name]) for name in key_table(config)}
         write_safetensors(stage / "model.safetensors", pending)
-        plain = {name: value for name, value in config_to_hf(config).items() if name != SECTION}
-        write_json(stage / "generation_config.json", special)
-        write_json(stage / "config.json", plain | special | {"dtype": dtype})
+        write_plain_config(stage, config, special, dtype)
     counts = Counter(tensor.tensor_type.name for tensor in reader.tensors).most_common()
     return Converted(f"{', '.join(f'{kind} x {count}' for kind, count in counts)} -> {dtype}", special["eos_token_id"])
 
@@ -136,8 +133,8 @@ def _config(file: Path, reader: Any, metadata: dict[str, Any]) -> ModelConfig:
 def _with_llama3_rope(file: Path, found: dict[str, Any], config: ModelConfig, factors: np.ndarray) -> ModelConfig:
     """`config` with the RoPE that the file's factors come from: of Llama 3.1 or 3.2. Raises `InputError` for others."""
     plain, _ = inverse_frequencies(config)
-    for factor in LLAMA3_FACTORS:
-        stretched = dataclasses.replace(config, llama3=Llama3Rope(factor, 1.0, 4.0, 8192))
+    for rope in (LLAMA31_ROPE, LLAMA32_ROPE):
+        stretched = dataclasses.replace(config, llama3=rope)
         if factors.shape == plain.shape and np.allclose(plain / inverse_frequencies(stretched)[0], factors, rtol=1e-3):
             return stretched
     raise InputError(f"{file}: {ROPE_FACTORS} stretches RoPE as neither Llama 3.1 nor 3.2 does; convert the original")

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pd_jax.config import SECTION, ModelConfig
+from pd_jax.config import SECTION, Dtype, ModelConfig
 from pd_jax.errors import InputError
 from pd_jax.files.config_json import config_to_hf
 from pd_jax.files.find import PARAMS, read_config_json
@@ -130,6 +130,12 @@ def write_untrained(directory: Path, config: ModelConfig, tokenizer: Any) -> Non
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(directory)
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    write_plain_config(directory, config, special, "float32")
+
+
+def write_plain_config(directory: Path, config: ModelConfig, special: dict[str, Any], dtype: Dtype) -> None:
+    """config.json without our settings, for weights of `dtype`, and generation_config.json; both name the `special`
+    token ids."""
     plain = {key: value for key, value in config_to_hf(config).items() if key != SECTION}
-    for name, content in (("generation_config.json", special), ("config.json", plain | special | {"dtype": "float32"})):
-        write_json(directory / name, content)
+    write_json(directory / "generation_config.json", special)
+    write_json(directory / "config.json", plain | special | {"dtype": dtype})

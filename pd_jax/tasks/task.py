@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pd_jax.errors import InputError
-from pd_jax.layout import Branch, TokenSample
+from pd_jax.layout import TokenSample
 
 # The token ids of all tasks. RANK and those below it are each the first of a run of ids.
 PAD, BOS, ASK, WAIT, EQ, END, NONE = range(7)
@@ -60,11 +60,6 @@ class Task:
             raise InputError(f"branches is {choices}; {self.name} takes numbers from {list(self.counts)}")
         rng = np.random.default_rng(seed)
         return [self.make(rng, choices[rng.integers(len(choices))]) for _ in range(count)]
-
-
-def unanswered(sample: TokenSample) -> TokenSample:
-    """The prompts alone, as decoding takes them."""
-    return TokenSample(sample.background, [Branch(branch.prompt) for branch in sample.branches])
 
 
 def last_tokens(sample: TokenSample, answers: Sequence[Sequence[int]]) -> np.ndarray:

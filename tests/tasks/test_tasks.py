@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pd_jax.columns import Coordinates, column_mask
-from pd_jax.layout import Branch, TokenSample, build_layout
+from pd_jax.layout import Branch, TokenSample, build_layout, unanswered
 from pd_jax.tasks import (
     END,
     PAD,
@@ -24,7 +24,6 @@ from pd_jax.tasks import (
     number,
     odd,
     relay,
-    unanswered,
     vote,
 )
 
