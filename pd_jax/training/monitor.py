@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from pd_jax.errors import InputError
-from pd_jax.machines import data_sheet
+from pd_jax.machines import peak_flops
 from pd_jax.training.step import Metrics
 
 console = Console(soft_wrap=True, highlight=False)
@@ -25,25 +24,6 @@ def say(text: str) -> None:
     """One line for the person, from process 0 only."""
     if jax.process_index() == 0:
         console.print(text)
-
-
-def peak_flops() -> tuple[float, str]:
-    """FLOP/s of one device and where the figure is from: its data sheet, or where none is known a matrix product timed
-    here and now in float32."""
-    kind = jax.local_devices()[0].device_kind
-    machine = data_sheet(kind)
-    if machine is not None:
-        return machine.flops, f"{machine.kind} data sheet"
-    size = 1024
-    product = jax.jit(jnp.dot)
-    x = jnp.full((size, size), 1.0)
-    product(x, x).block_until_ready()
-    best = math.inf
-    for _ in range(10):
-        began = time.perf_counter()
-        product(x, x).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best, f"a {size} x {size} product timed on {kind}"
 
 
 class Monitor:
@@ -68,7 +48,7 @@ class Monitor:
             # A line that a kill cut short has no closing brace.
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
             self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            self.file = self.path.open("a", encoding="utf-8")
+            self.file = self.path.open("a", encoding="utf-8", buffering=1)
             self.events = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1)
         self.since, self.seen, self.tokens, self.used = time.monotonic(), first, 0.0, 0.0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -118,7 +98,6 @@ class Monitor:
         if not self.mine:
             return
         self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
         for name, value in record.items():
             if name != "step":
                 self.events.add_scalar(name, value, step)

@@ -57,9 +57,7 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
     def hit(self, step: int) -> bool:
-        if jax.process_count() == 1:
-            return self.name is not None
-        if multihost_utils.reached_preemption_sync_point(step):
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.name = "SIGTERM"
         return self.name is not None
 
