@@ -20,6 +20,7 @@ ROWS = ("data", "fsdp")  # the axes that rows are split over
 # Field names of a spec spell the layout: A accumulation steps, B batch, T tokens, D hidden, S samples, C cache slots.
 ACTIVATIONS_BTD = P(ROWS, None, None)
 BATCH_ABT = P(None, ROWS, None)
+HEAD_VD = P("tensor", None)  # where it is multiplied; [V, D]
 CACHE_KS_C_H = P("tensor", None, None)  # [K*S, C, H]
 
 
@@ -51,8 +52,7 @@ def make_mesh(*axes: int, devices: Any = None) -> Mesh:
         sizes[free[0]] = len(devices) // fixed
     elif fixed != len(devices):
         raise InputError(f"mesh {sizes} has {fixed} places for {len(devices)} devices; set one axis to -1")
-    shape = tuple(sizes.values())
-    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(np.array(devices).reshape(*sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def check_model(config: ModelConfig, mesh: Mesh) -> None:

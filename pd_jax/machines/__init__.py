@@ -2,9 +2,9 @@
 
 from pd_jax.machines.memory import PeakMemory
 from pd_jax.machines.peak import peak_flops
-from pd_jax.machines.processes import on_tpu_vm, start_processes
+from pd_jax.machines.processes import on_tpu_vm, start_processes, stop_signal
 from pd_jax.machines.sheets import GIB, MACHINES, Machine, data_sheet
 from pd_jax.machines.trace import Trace
 
 __all__ = ["GIB", "MACHINES", "Machine", "PeakMemory", "Trace", "data_sheet", "on_tpu_vm", "peak_flops"]
-__all__ += ["start_processes"]
+__all__ += ["start_processes", "stop_signal"]

@@ -31,10 +31,11 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
     """{kind: (how many run, bytes that are sent in them)} of an optimised HLO module, by one device in one call.
 
     What stands in the body of a loop counts as often as the loop runs: the trip count that XLA notes, or where it notes
-    none (TPU) the bound that the loop's condition compares its counter with.
+    none (TPU) the bound that the loop's condition compares its counter with. Of a conditional the branch that sends
+    most counts.
     """
     bounds: dict[str, int] = defaultdict(int)
-    calls: dict[str, list[tuple[str, int, str]]] = defaultdict(list)
+    calls: dict[str, list[tuple[list[str], int, str]]] = defaultdict(list)  # one of these computations, how often
     found: dict[str, list[tuple[str, int]]] = defaultdict(list)
     entry = computation = ""
     for line in program.splitlines():
@@ -52,20 +53,22 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
             condition = re.findall(r"condition=%?([\w.\-]+)", line)[0]
             trips = int(noted.group(1)) if noted else 0
         for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
-            calls[computation].append((called, trips, condition))
+            calls[computation].append(([called], trips, condition))
         for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
-            calls[computation] += [(name.strip(" %"), 1, "") for name in group.split(",")]
+            calls[computation].append(([name.strip(" %") for name in group.split(",")], 1, ""))
         base = kind.removesuffix("-start")
         if base in COLLECTIVES:
             found[computation].append((base, _sent(base, line)))
-    totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
 
-    def visit(name: str, times: int) -> None:
+    def total(name: str) -> dict[str, tuple[int, int]]:
+        sums: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
         for kind, size in found[name]:
-            totals[kind][0] += times
-            totals[kind][1] += times * size
-        for called, trips, condition in calls[name]:
-            visit(called, times * (trips or max(bounds[condition], 1)))
+            sums[kind] = sums[kind][0] + 1, sums[kind][1] + size
+        for branches, trips, condition in calls[name]:
+            times = trips or max(bounds[condition], 1)
+            most = max(map(total, branches), key=lambda sent: sum(size for _, size in sent.values()))
+            for kind, (count, size) in most.items():
+                sums[kind] = sums[kind][0] + times * count, sums[kind][1] + times * size
+        return sums
 
-    visit(entry, 1)
-    return {kind: (count, size) for kind, (count, size) in sorted(totals.items())}
+    return dict(sorted(total(entry).items()))

@@ -22,13 +22,12 @@ from pd_jax.data.text import BadRows
 from pd_jax.errors import InputError
 from pd_jax.files import Base, load_params, prove_saving, save_adapter, save_model, write_run
 from pd_jax.lora import init_adapters
-from pd_jax.machines import Trace
+from pd_jax.machines import Trace, stop_signal
 from pd_jax.mesh import abstract_arrays, param_shardings, place_batch
 from pd_jax.params import Params, init_params, parameter_count, training_flops
 from pd_jax.sight import attention_mass
 from pd_jax.training.checkpoints import Checkpoints
 from pd_jax.training.monitor import Monitor, say
-from pd_jax.training.processes import stop_signal
 from pd_jax.training.step import Batch, Optimisation, State, StepSettings, make_optimizer, make_step
 
 LOOK_TOKENS = 1024  # of one row, at which a validation looks where attention goes

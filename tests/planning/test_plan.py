@@ -44,7 +44,20 @@ backend_config={"known_trip_count":{"n":"5"}}
   ROOT %less.1 = pred[] compare(%i, %three), direction=LT
 }
 
+%skipped (arg.4: f32[8]) -> f32[8] {
+  ROOT %arg.4 = f32[8]{0} parameter(0)
+}
+
+%half (arg.5: f32[8]) -> f32[8] {
+  ROOT %permuted = f32[4]{0} collective-permute(%arg.5), channel_id=5
+}
+
+%whole (arg.6: f32[8]) -> f32[8] {
+  ROOT %permuted.1 = f32[8]{0} collective-permute(%arg.6), channel_id=6
+}
+
 ENTRY %main (p: bf16[16,128]) -> f32[] {
+  %chosen = f32[8]{0} conditional(%which, %a, %a, %a), branch_computations={%skipped, %whole, %half}
   %micros = (s32[], bf16[16,128]{1,0}) while(%start), condition=%micro_condition, body=%micro
   %begun = (f32[256]{0}, f32[256]{0}) all-reduce-start(%norms), channel_id=3, to_apply=%add
   %ended = f32[256]{0} all-reduce-done(%begun)
@@ -53,10 +66,11 @@ ENTRY %main (p: bf16[16,128]) -> f32[] {
 """
 
 
-def test_collectives_in_loops_count_as_often_as_the_loops_run():
+def test_collectives_in_loops_count_as_often_as_the_loops_run_and_of_branches_the_most():
     assert collectives(PROGRAM) == {
         "all-gather": (15, 15 * 64 * 128 * 2),
         "all-reduce": (2, 2 * (256 * 4 + 4)),
+        "collective-permute": (1, 8 * 4),
         "reduce-scatter": (3, 3 * 4 * 8 * 128 * 4),
     }
 
