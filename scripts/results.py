@@ -1,308 +1,388 @@
-"""The results page anew: columns against ordinary training on the same data, from random weights to the tables.
+"""The results page anew: a real pretrained model, finetuned with and without columns, and decoded.
 
-    python scripts/results.py --web train.jsonl.gz --train train-mix.json.gz --eval dev-v1.1.json.gz
+    python scripts/results.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --train train-mix.json.gz --eval dev-v1.1.json.gz
 
-Two pairs of models. Web text: a byte-level BPE tokenizer and a small Qwen3 from random weights, pretrained and
-finetuned in columns; its control takes the same rows, steps and tokens as ordinary sequences (no branch pairs, siblings
-hidden, nobody waits). The made-up world: quickstart's base and models, and a control in the same way. Then
-scripts/evaluate.py's rows on all of --eval, and their speed on its first contexts. Run again, it goes on where it was
-stopped.
+Everything is a command of this repository that the page names; they run one a core, and their speed is measured alone.
+Run again, it goes on where it was stopped.
 """  # fmt: skip
 
-import dataclasses
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from pd_jax.cli import flag, parse, run
 from pd_jax.errors import InputError
-from pd_jax.evaluation import EvaluateFlags, Results
-from pd_jax.training import FinetuneFlags, PretrainFlags
 
-SCRIPTS = Path(__file__).parent
-MODEL, TRAIN, EVAL = "model", "training", "evaluation"
-TITLES = {"web": "Web text and questions", "world": "The made-up world of quickstart"}
-MODELS = ("columnar", "control")
-STAGES = ("pretrained", "finetuned")
+ROOT = Path(__file__).parents[1]
+TRAIN, EVAL = "training", "evaluation"
+ORDINARY = "--pair-indices --no-sibling-bias --visibility isolated --align ragged"
 
 
 @dataclass(frozen=True)
 class Flags:
-    web: str | None = flag(None, "documents for pretraining, a file; required", group=TRAIN)
+    gguf: str | None = flag(None, "SmolLM2-135M-Instruct, or another model; required", group=TRAIN)
     train: str | None = flag(None, "questions for finetuning, a file in SQuAD's format; required", group=TRAIN)
     eval: str | None = flag(None, "questions of the evaluation, a file in SQuAD's format; required", group=EVAL)
-    output_dir: str = flag("./results", "where data, models and evaluations go")
-    page: str = flag("./results.md", "the page to write")
-    vocabulary: int = flag(8192, "tokens of the tokenizer", group=MODEL, minimum=300)
-    hidden_size: int = flag(192, "width; the MLP has three times as much", group=MODEL, minimum=64)
-    layers: int = flag(4, "layers", group=MODEL, minimum=1)
-    pretrain_steps: int = flag(400, "optimiser steps of pretraining, 2,048 tokens each", group=TRAIN, minimum=1)
-    finetune_steps: int = flag(500, "optimiser steps of finetuning, 2,048 tokens each", group=TRAIN, minimum=1)
-    learning_rate: float = flag(2e-3, "peak learning rate of both stages", group=TRAIN, minimum=0)
-    max_eval_samples: int = flag(100000, "contexts of --eval", group=EVAL, minimum=1)
-    timed_samples: int = flag(16, "contexts on which all rows are timed", group=EVAL, minimum=1)
-    max_new_tokens: int = flag(12, "tokens an answer, at most", group=EVAL, minimum=1)
+    output_dir: str = flag("./results", "where models and evaluations go, and every command's log")
+    page: str = flag("./results.md", "the page to write, and beside it its picture")
+    processes: int | None = flag(None, "commands at a time, one core each; default: the cores", minimum=1)
+    steps: int = flag(70, "optimiser steps of every model, one row each", group=TRAIN, minimum=1)
+    row: int = flag(1024, "tokens of a row", group=TRAIN, minimum=64)
+    train_contexts: int = flag(300, "contexts of --train for the questions", group=TRAIN, minimum=1)
+    passages: tuple[int, ...] = flag((2, 4, 8), "branches of the sets of passages", group=TRAIN, minimum=2)
+    contexts: int = flag(500, "contexts of --eval", group=EVAL, minimum=1)
+    sets: int = flag(1000, "at most so many sets of passages of --eval", group=EVAL, minimum=1)
+    timed: int = flag(50, "contexts on which every way of answering is timed", group=EVAL, minimum=1)
+    max_new_tokens: int = flag(24, "tokens an answer, at most", group=EVAL, minimum=1)
 
 
-@contextmanager
-def stage(out: Path, name: str) -> Generator[None]:
-    """Adds the seconds that `name` takes to stages.json, over all runs of this command."""
-    path, began = out / "stages.json", time.monotonic()
-    print(f"== {name}", flush=True)
-    try:
-        yield
-    finally:
-        seconds = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        seconds[name] = seconds.get(name, 0) + time.monotonic() - began
-        path.write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
+@dataclass(frozen=True)
+class Job:
+    """A command of this repository, run from its root."""
+
+    name: str  # of its log
+    command: str
+    made: Path  # exists when it is over; of a training run.json, which says so
+
+    def over(self) -> bool:
+        if self.made.name != "run.json":
+            return self.made.exists()
+        return self.made.exists() and json.loads(self.made.read_text(encoding="utf-8"))["finished"]
 
 
-def fit(out: Path, name: str, flags: PretrainFlags | FinetuneFlags) -> None:
-    """Pretraining or finetuning to its end. Exits when a signal stopped it."""
-    from pd_jax.training import finetune, finished, pretrain
-
-    if not finished(flags):
-        with stage(out, name):
-            pretrain(flags) if isinstance(flags, PretrainFlags) else finetune(flags)
-    if not finished(flags):
-        raise SystemExit(1)
+# The commands ---------------------------------------------------------------------------------------------------------
 
 
-def ordinary(flags: Any, **places: str) -> Any:
-    """The same run as `flags`, but every branch is a sequence of its own, trained in the ordinary way."""
-    return dataclasses.replace(
-        flags, pair_indices=(), sibling_bias=False, visibility="isolated", align="ragged", **places
-    )
+def jobs(flags: Flags, out: Path) -> list[list[Job]]:
+    """In stages: what a stage makes, the next ones use."""
+    start, middle = out / "start", flags.passages[len(flags.passages) // 2]
+    sets = {k: {part: out / f"passages-{k}" / part for part in ("train", "eval")} for k in flags.passages}
+    quoted = {name: shlex.quote(str(Path(getattr(flags, name)).absolute())) for name in ("gguf", "train", "eval")}
 
+    def made(k: int, part: str, number: int) -> Job:
+        asked = f"--dataset-name {quoted[part]} --branches {k} --sets {number} --output-dir {sets[k][part]}"
+        return Job(f"passages-{k}-{part}", f"scripts/make_passages.py {asked}", sets[k][part] / "background.json")
 
-def make_start(flags: Flags, out: Path) -> Path:
-    """config.json and the tokenizer, learned from the web text."""
-    from pd_jax.config import ModelConfig
-    from pd_jax.data.fineweb import load_documents
-    from pd_jax.data.synthetic import train_tokenizer
-    from pd_jax.files import write_untrained
+    def trained(name: str, data: str) -> Job:
+        learn = f"--max-length {flags.row} --learning-rate 2e-4 --epochs 100 --max-steps {flags.steps}"
+        command = f"scripts/finetune.py --model-name {start} {data} {learn} --output-dir {out / name}"
+        return Job(name, command, out / name / "run.json")
 
-    start = out / "start"
-    if (start / "config.json").is_file():
-        return start
-    with stage(out, "tokenizer"):
-        tokenizer = train_tokenizer(
-            (row["text"] for row in load_documents(str(flags.web)) if row["text"]), flags.vocabulary
+    def evaluated(name: str, data: str, rows: str, more: str = "--batch-size 8 --repeats 0") -> Job:
+        asked = f"{data} --rows {rows} --max-new-tokens {flags.max_new_tokens} {more} --seed 0"
+        return Job(
+            f"evaluate-{name}", f"scripts/evaluate.py {asked} --output-dir {out / name}", out / name / "results.json"
         )
-    config = ModelConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=flags.hidden_size,
-        intermediate_size=3 * flags.hidden_size,
-        num_hidden_layers=flags.layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        rope_theta=1e4,
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-    )
-    write_untrained(start, config, tokenizer)
-    return start
 
-
-def web_stages(flags: Flags, start: Path) -> tuple[PretrainFlags, FinetuneFlags]:
-    """Without their places, see `make_pair`."""
-    return (
-        PretrainFlags(
-            model_name=str(start),
-            random_init=True,
-            sibling_bias=True,
-            dataset_name=str(flags.web),
-            branch_count=8,
-            seq_length=128,
-            batch_size=2,
-            learning_rate=flags.learning_rate,
-            max_steps=flags.pretrain_steps,
-            save_steps=100,
-        ),
-        FinetuneFlags(
-            dataset_name=str(flags.train),
-            max_branches=6,
-            max_length=512,
-            batch_size=4,
-            learning_rate=flags.learning_rate,
-            epochs=100,
-            max_steps=flags.finetune_steps,
-            save_steps=100,
-        ),
-    )
-
-
-def compare(out: Path, columnar: Path, control: Path, data: str, flags: Flags) -> dict[str, Results]:
-    """Evaluations: `quality` of our rows on all of `data`, `speed` of all rows on its first contexts."""
-    from pd_jax.evaluation import evaluate
-
+    squad = f"--dataset-name {quoted['train']} --max-train-samples {flags.train_contexts} --max-branches 6"
+    ask = f"--dataset-name {quoted['eval']} --max-branches 6"
+    control, closed, told = (out / name for name in ("control", "closed-book", "told"))
+    begin = [
+        Job("convert", f"convert/from_gguf.py --gguf {quoted['gguf']} --output {start}", start / "config.json"),
+        *(made(k, "train", 300) for k in flags.passages),
+        *(made(k, "eval", flags.sets) for k in flags.passages),
+    ]
+    siblings = {k: f"--dataset-name {sets[k]['train'] / 'siblings.json'} --max-branches {k}" for k in flags.passages}
+    background = sets[middle]["train"] / "background.json"
+    train = [
+        trained("control", f"{squad} {ORDINARY}"),
+        trained("columns", squad),
+        *(trained(f"passages-{k}-columns", siblings[k]) for k in flags.passages),
+        trained("told", f"--dataset-name {background} --min-questions 1 {ORDINARY}"),
+        trained("closed-book", f"{siblings[middle]} {ORDINARY}"),
+    ]
+    answer = [
+        evaluated(
+            "questions",
+            f"--ft-model {out / 'columns'} {ask} --max-eval-samples {flags.contexts}",
+            f"isolated={control} isolated prompts columns",
+        )
+    ]
+    for k in flags.passages:
+        model, held_out = out / f"passages-{k}-columns", sets[k]["eval"]
+        rows = f"isolated={closed} isolated prompts columns --against columns"
+        here = f"--max-branches {k} --max-eval-samples 100000"
+        answer += [
+            evaluated(f"passages-{k}-seen", f"--ft-model {model} --dataset-name {held_out}/siblings.json {here}", rows),
+            evaluated(
+                f"passages-{k}-told",
+                f"--ft-model {told} --dataset-name {held_out}/background.json --min-questions 1 {here}",
+                "isolated",
+            ),
+        ]
     exported = out / "control-hf"
-    if not exported.is_dir():
-        convert = [str(SCRIPTS.parent / "convert" / "flax_to_hf.py"), "--checkpoint", str(control)]
-        subprocess.run([sys.executable, *convert, "--output", str(exported)], check=True)
-    quality = EvaluateFlags(
-        ft_model=str(columnar),
-        sequential_model=str(control),
-        rows=(f"isolated={control}", "isolated", "prompts", "columns"),
-        dataset_name=data,
-        max_branches=100,
-        min_questions=1,
-        max_eval_samples=flags.max_eval_samples,
-        max_new_tokens=flags.max_new_tokens,
-        batch_size=8,
-        repeats=0,
-        output_dir=str(out / "quality"),
-    )
-    speed = dataclasses.replace(
-        quality,
-        base_model=str(exported),
-        rows=(),
-        max_eval_samples=flags.timed_samples,
-        batch_size=1,
-        repeats=3,
-        output_dir=str(out / "speed"),
-    )
-    results = {}
-    for name, asked in {"quality": quality, "speed": speed}.items():
-        with stage(out.parent, f"{out.name}, {name}"):
-            results[name] = evaluate(asked)
-    return results
+    convert = f"convert/flax_to_hf.py --checkpoint {control} --output {exported}"
+    alone = f"--base-model {exported} --ft-model {out / 'columns'} {ask} --max-eval-samples {flags.timed}"
+    rows = f"hf-sequential hf-batched isolated={control} columns"
+    timed = evaluated("speed", alone, rows, "--batch-size 1 --repeats 1")
+    return [begin, train, [*answer, Job("export", convert, exported / "config.json")], [timed]]
+
+
+def run_jobs(stage: Sequence[Job], out: Path, processes: int | None) -> None:
+    """Those that are not over yet, so many at a time, each on a core of its own; a lone one has all cores.
+
+    Raises `InputError` with the last line that a failed command has said.
+    """
+    pinned = hasattr(os, "sched_setaffinity")
+    cores = sorted(os.sched_getaffinity(0)) if pinned else list(range(os.cpu_count() or 1))
+    free: SimpleQueue[set[int]] = SimpleQueue()
+    count = min(processes or len(cores), len(stage))
+    for i in range(count):
+        free.put({cores[i % len(cores)]} if len(stage) > 1 else set(cores))
+    environment = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"} | os.environ
+    stop: list[str] = []
+
+    def work(job: Job) -> None:
+        if job.over() or stop:
+            return
+        mine, began, log = free.get(), time.monotonic(), out / "logs" / f"{job.name}.log"
+        with log.open("a", encoding="utf-8") as file:
+            command = [sys.executable, *shlex.split(job.command)]
+            process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=environment)
+            if pinned:
+                os.sched_setaffinity(process.pid, mine)
+            code = process.wait()
+        free.put(mine)
+        if code or not job.over():
+            said = log.read_text(encoding="utf-8").strip().splitlines()
+            stop.append(f"{job.command}: {said[-1] if said else 'it said nothing'} (exit code {code}, see {log})")
+            return
+        seconds = time.monotonic() - began
+        print(f"{time.strftime('%H:%M:%S')} {job.name}: {seconds:.0f} s", flush=True)
+
+    print(f"{sum(not job.over() for job in stage)} of {len(stage)} commands to run: "
+          + ", ".join(job.name for job in stage if not job.over()), flush=True)  # fmt: skip
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, stage))
+    if stop:
+        raise InputError(stop[0])
 
 
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def table(header: list[str], lines: list[list[str]]) -> str:
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def trained(directory: Path) -> list[str]:
-    """Parameters, steps, tokens and loss of a run: what config.json and metrics.jsonl say."""
+def trained_lines(out: Path, names: Iterable[str]) -> list[list[str]]:
+    """Loss over the last tenth, speed and door of every run: what metrics.jsonl says."""
     import numpy as np
 
-    from pd_jax.files import load_config
-    from pd_jax.params import parameter_count
+    lines = []
+    for name in names:
+        text = (out / name / "metrics.jsonl").read_text(encoding="utf-8")
+        logged = [json.loads(line) for line in text.splitlines()]
+        last = logged[-max(1, len(logged) // 7) :]
+        door = [f"{last[-1][f'sibling_bias_{end}']:.2f}" for end in ("min", "max") if f"sibling_bias_{end}" in last[-1]]
+        loss, speed = np.mean([m["loss"] for m in last]), np.mean([m["tokens_per_second"] for m in logged])
+        lines.append([name, str(last[-1]["step"]), f"{loss:.2f}", f"{speed:.0f}", " .. ".join(door) or "none"])
+    return lines
 
-    size = parameter_count(load_config(directory))
-    logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = np.diff([0, *(m["step"] for m in logged)])
-    tokens = sum(steps * [m["tokens_per_second"] * m["seconds_per_step"] for m in logged])
-    loss = np.mean([m["loss"] for m in logged[-max(1, len(logged) // 10) :]])
-    return [f"{size / 1e6:.2f} M", f"{logged[-1]['step']:,}", f"{tokens / 1e6:.2f} M", f"{loss:.3f}"]
+
+def load(out: Path, name: str) -> dict[str, Any]:
+    return json.loads((out / name / "results.json").read_text(encoding="utf-8"))
+
+
+def score(part: dict[str, Any], key: str) -> str:
+    estimate = part[key]
+    low, high = estimate["interval"] or (float("nan"),) * 2
+    return f"{estimate['value']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def difference(part: dict[str, Any]) -> str:
+    estimate = part["em"]
+    low, high = estimate["difference_interval"] or (float("nan"),) * 2
+    return f"{estimate['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def bins(row: dict[str, Any], reference: dict[str, Any]) -> Iterable[tuple[str, int, float, float]]:
+    """(branches, questions, EM here, EM of the reference) by the number of branches, in at most four bins."""
+    counts = sorted(row["by_branches"], key=int)
+    for first, last in ((1, 2), (3, 4), (5, 5), (6, 1000)):
+        inside = [k for k in counts if first <= int(k) <= last]
+        total = sum(row["by_branches"][k]["questions"] for k in inside)
+        if total:
+            mean = [
+                sum(r["by_branches"][k]["em"]["value"] * r["by_branches"][k]["questions"] for k in inside) / total
+                for r in (row, reference)
+            ]
+            yield (f"{first}" if first == last else f"{first} to {min(last, int(counts[-1]))}"), total, *mean
+
+
+def questions_part(out: Path) -> list[str]:
+    rows = load(out, "questions")["summary"]["rows"]
+    words = {
+        "isolated": "trained in columns, siblings hidden",
+        "prompts": "trained in columns, siblings' questions seen",
+        "columns": "trained and decoded in columns",
+    }
+    names = {name: words.get(name, "control: trained and decoded one by one") for name in rows}
+    lines = [
+        [names[n], score(r, "em"), difference(r), score(r, "f1"), score(r["leak_free"], "em")] for n, r in rows.items()
+    ]
+    first = next(iter(rows.values()))
+    binned = [[b, str(n), f"{c:.1f}", f"{r:.1f}"] for b, n, c, r in bins(rows["columns"], first)]
+    leak_free = first["leak_free"]["questions"]
+    return [
+        "## Questions about one context",
+        f"{first['questions']:,} questions; nothing in them needs a sibling, so the aim is to lose nothing. Leak-free: "
+        f"the {leak_free:,} questions whose answer stands in no sibling's question or answer.",
+        table(["model", "EM", "EM against the control", "F1", "EM, leak-free"], lines),
+        table(["branches", "questions", "EM in columns", "EM of the control"], binned),
+    ]
+
+
+def speed_part(out: Path) -> list[str]:
+    results = load(out, "speed")
+    rows, summary = results["summary"]["rows"], results["summary"]
+    slow = next(iter(rows.values()))["cost"]["seconds"]
+    words = ["transformers, one question at a time", "transformers, a context's questions as a batch"]
+    words += ["control, all questions of a context at once (`isolated`)", "columns"]
+    lines = [
+        [word, f"{r['cost']['seconds']:.2f}", f"{slow / r['cost']['seconds']:.1f}", f"{r['cost']['forwards']:.1f}",
+         f"{r['cost']['prefill_tokens']:.0f}"]
+        for word, r in zip(words, rows.values(), strict=True)
+    ]  # fmt: skip
+    return [
+        "## Speed",
+        f"{summary['contexts']} of these contexts, {summary['questions']} questions, one context after the other on "
+        f"{results['machine']['cpus']} cores, nothing else running.",
+        table(["way", "seconds a context", "times as fast", "forwards", "prompt tokens"], lines),
+    ]
+
+
+def passages_part(flags: Flags, out: Path) -> list[str]:
+    lines, curve = [], {}
+    for k in flags.passages:
+        seen, told = load(out, f"passages-{k}-seen")["summary"], load(out, f"passages-{k}-told")["summary"]["rows"]
+        closed, hidden, prompts, columns = seen["rows"].values()
+        bound = told["isolated"]
+        share = columns["em"]["value"] / bound["em"]["value"] if bound["em"]["value"] else float("nan")
+        curve[k] = {"told": bound, "columns": columns, "siblings hidden": hidden, "closed book": closed}
+        lines.append(
+            [str(k), str(seen["questions"]), score(bound, "em"), score(columns, "em"), f"{share:.0%}",
+             score(prompts, "em"), score(hidden, "em"), score(closed, "em")]
+        )  # fmt: skip
+    draw(curve, Path(flags.page).with_name("passages.svg"))
+    heads = []
+    for k in flags.passages:
+        bias, effect = door(out / f"passages-{k}-columns"), load(out, f"passages-{k}-seen")["sight"]["columns"]
+        counts = [(bias > -1).sum(), ((bias > -1.5) & (bias <= -1)).sum(), ((bias > -2.5) & (bias <= -1.5)).sum()]
+        at = [f"{layer + 1} ({bias[layer].max():.2f})" for layer in bias.max(1).argsort()[::-1][:3]]
+        last = [str(count) for count in (*counts, (bias <= -2.5).sum())]
+        heads.append([str(k), *last, ", ".join(at), f"{effect['effect']:.2f}"])
+    header = ["branches", "questions", "upper bound", "columns", "share", "prompts", "siblings hidden", "closed book"]
+    doors = ["branches", "heads > -1", "-1.5 .. -1", "-2.5 .. -1.5", "< -2.5", "most open layers", "effect on logits"]
+    return [
+        "## Questions about a sibling's passage",
+        "Every branch holds a passage of its own and is asked about a sibling's; the background holds none. EM, in "
+        "percent. Upper bound: a model of the ordinary kind, told the passage in the background. Closed book: a model "
+        "of the ordinary kind that sees its own passage only.",
+        table(header, lines),
+        "![Exact match by the number of branches](passages.svg)",
+        "Where `sibling_bias` ends, of all heads (it begins at -2), and the mean change of a logit when siblings are "
+        "hidden, in standard deviations of the logits:",
+        table(doors, heads),
+    ]
+
+
+def door(model: Path) -> Any:
+    """sibling_bias [layers, heads] of a finetuned model."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from pd_jax.files import load_config, load_params
+
+    return np.asarray(load_params(model, load_config(model), jnp.float32)["layers"]["sibling_bias"])
+
+
+def draw(curve: dict[int, dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    for name in next(iter(curve.values())):
+        points = [curve[k][name]["em"] for k in curve]
+        ends = [p["interval"] or [p["value"]] * 2 for p in points]
+        errors = [[p["value"] - low for p, (low, _) in zip(points, ends, strict=True)],
+                  [high - p["value"] for p, (_, high) in zip(points, ends, strict=True)]]  # fmt: skip
+        axes.errorbar(list(curve), [p["value"] for p in points], errors, fmt="o-", capsize=3, label=name)
+    axes.set(xlabel="branches of a set", ylabel="exact match, % (95 % interval)", xticks=list(curve), ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
 
 
 def processor() -> str:
     """What Linux calls the CPU."""
     path = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in path.read_text().splitlines() if line.startswith("model name")]
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    names = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
 
-def write_page(flags: Flags, out: Path, evaluations: dict[str, dict[str, Results]]) -> None:
+def write_page(flags: Flags, out: Path, stages: Sequence[Sequence[Job]]) -> None:
     """Aggregates only: no question, no answer."""
-    from pd_jax.evaluation import FOOTNOTE, tables
-
-    machine = next(iter(evaluations.values()))["speed"]["machine"]
-    sizes = [field for field in dataclasses.fields(flags) if field.type in (int, float)]
-    values = {field.name: getattr(flags, field.name) for field in sizes if getattr(flags, field.name) != field.default}
-    changed = "".join(f" --{name.replace('_', '-')} {value}" for name, value in values.items())
+    sizes = [f for f in fields(flags) if f.name not in ("gguf", "train", "eval", "output_dir", "page", "processes")]
+    changed = [
+        f"--{f.name.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, tuple) else v}"
+        for f in sizes
+        if (v := getattr(flags, f.name)) != f.default
+    ]
+    command = " ".join(["python scripts/results.py --gguf FILE --train FILE --eval FILE", *changed])
+    machine = load(out, "speed")["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    seconds = json.loads((out / "stages.json").read_text(encoding="utf-8"))
+    names = [job.name for job in stages[1]]
+    places = {str(out): "OUT", str(Path(str(flags.train)).absolute()): "TRAIN"}
+    commands = "\n".join(f"python {job.command}" for job in stages[1])
+    for place, word in sorted(places.items(), key=lambda item: -len(item[0])):
+        commands = commands.replace(place, word)
     parts = [
         "# Results",
-        f"Written by `python scripts/results.py --web FILE --train FILE --eval FILE{changed}`. **These are not Qwen3's "
-        "weights**: the models are small and were trained for minutes, so on real questions exact match is near 0 "
-        "whoever answers. What can be read is the difference between columns and ordinary training of the same size "
-        "on the same data, its interval, and what each way of answering costs.",
-        f"Machine: {processor()}, {machine['cpus']} of {os.cpu_count()} cores, float32, load {os.getloadavg()[1]:.1f} "
-        f"in the run's last five minutes. {versions}.",
-        "The control has the same start, rows, steps and tokens as the columnar model, but was trained on ordinary "
-        "sequences (no branch pairs, siblings hidden, nobody waits). `isolated=control` is its ordinary decoding, "
-        "token for token that of one question at a time, which the speed tables show as `sequential`; the hf rows are "
-        "the control in transformers. `isolated`, `prompts` and `columns` are the columnar model. Answers have at most "
-        f"{flags.max_new_tokens} tokens, greedily. Numbers and indices of branches with fewer than 10 contexts are "
-        "left out; `report.html` of each evaluation has them.",
+        f"Written by `{command}`. **{Path(str(flags.gguf)).stem}, from weights of about 4 bits, trained for "
+        f"{flags.steps} rows of {flags.row:,} tokens on at most {flags.train_contexts} contexts; not Qwen3.** Numbers "
+        "of so small a model say what columns cost and give, not how good a model can be. Brackets: 95 % intervals, "
+        "bootstrapped by context. Answers are greedy, of at most "
+        f"{flags.max_new_tokens} tokens.",
+        *questions_part(out),
+        *speed_part(out),
+        *passages_part(flags, out),
+        "## How the models were trained",
+        table(["model", "steps", "loss, last rows", "tokens/s", "sibling_bias"], trained_lines(out, names)),
+        f"```bash\n{commands}\n```",
+        f"{processor()}, float32, one core a command. {versions}.",
     ]
-    for world, results in evaluations.items():
-        lines = [
-            [model, stage, *trained(out / world / model / stage), f"{seconds[f'{world}, {model} {stage}']:.0f}"]
-            for stage in STAGES
-            for model in MODELS
-        ]
-        parts += [
-            f"## {TITLES[world]}",
-            table(["model", "stage", "parameters", "steps", "tokens", "loss, last tenth", "seconds"], lines),
-        ]
-        quality, speed = tables(results["quality"]["summary"]), tables(results["speed"]["summary"])
-        for title, header, rows in quality:
-            if title.startswith(("EM", "F1")):
-                rows = [line for line in rows if "[" in line[2]]  # others are in the report
-            text = f"### {title}\n\n{table(header, rows)}"
-            parts.append(text.replace(str(out / world / MODELS[1] / STAGES[1]), MODELS[1]))
-        took = ", ".join(f"{name} {seconds[f'{world}, {name}']:.0f} s" for name in results)
-        timed = results["speed"]["summary"]
-        parts += [
-            f"### Speed: the first {timed['contexts']} contexts ({timed['questions']} questions), one at a time",
-            table(*speed[2][1:]),
-            f"The median of {results['speed']['flags']['repeats']} runs. The evaluations took: {took}.",
-        ]
     page = Path(flags.page)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n\n".join(part.rstrip("\n") for part in [*parts, FOOTNOTE]) + "\n", encoding="utf-8")
-
-
-# The runs -------------------------------------------------------------------------------------------------------------
-
-
-def make_pair(out: Path, world: str, stages: tuple[PretrainFlags, FinetuneFlags]) -> tuple[Path, Path]:
-    """The columnar model of `stages`, and its control."""
-    for model in MODELS:
-        for name, flags in zip(STAGES, stages, strict=True):
-            place, before = (str(out / world / model / stage) for stage in (name, STAGES[0]))
-            places = {"output_dir": place} | ({"model_name": before} if name == STAGES[1] else {})
-            wanted = dataclasses.replace(flags, **places) if model == "columnar" else ordinary(flags, **places)
-            fit(out, f"{world}, {model} {name}", wanted)
-    columnar, control = (out / world / model / STAGES[1] for model in MODELS)
-    return columnar, control
-
-
-def web(flags: Flags, out: Path) -> dict[str, Results]:
-    pair = make_pair(out, "web", web_stages(flags, make_start(flags, out)))
-    return compare(out / "web", *pair, str(flags.eval), flags)
-
-
-def world(flags: Flags, out: Path) -> dict[str, Results]:
-    import quickstart
-    from pd_jax.data.synthetic import write_squad
-
-    here, test = out / "world", out / "world" / "test.json"
-    quickstart.make_world(here)
-    if not test.is_file():
-        write_squad(test, 400, held_out=True, seed=1)
-    pair = make_pair(out, "world", quickstart.stages(here))
-    return compare(here, *pair, str(test), flags)
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     flags = parse(Flags, description=__doc__)
-    missing = [f"--{name}" for name in ("web", "train", "eval") if not Path(getattr(flags, name) or "").is_file()]
+    missing = [f"--{name}" for name in ("gguf", "train", "eval") if not Path(getattr(flags, name) or "").is_file()]
     if missing:
         raise InputError(f"{' and '.join(missing)} must name a file, see --help")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    out = Path(flags.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    write_page(flags, out, {"web": web(flags, out), "world": world(flags, out)})
+    out = Path(flags.output_dir).absolute()
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    Path(flags.page).parent.mkdir(parents=True, exist_ok=True)
+    stages = jobs(flags, out)
+    for stage in stages:
+        run_jobs(stage, out, flags.processes)
+    write_page(flags, out, stages)
     print(f"written: {flags.page}")
 
 

@@ -74,7 +74,7 @@ RECIPES: dict[str, Recipe] = {
     "distinct": Recipe(steps=500),
     "distinctsame": Recipe(steps=500),
     "vote": Recipe(steps=200),
-    "lookup": Recipe(head_dim=64, learning_rate=2e-3, steps=1200, branches=(1, 2, 3, 4)),
+    "lookup": Recipe(head_dim=64, learning_rate=2e-3, batch=64, steps=1500, branches=(1, 4, 4, 4)),
 }
 CHECK_STEPS = 50  # between two looks at decoded accuracy
 CHECK_ROWS, ROWS = 128, 512  # samples decoded at each look, and at the end

@@ -1,7 +1,9 @@
-"""The results page, from random weights to its tables, in a size that says nothing."""
+"""The results page, from a GGUF file to its tables, in a size that says nothing."""
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,57 +13,64 @@ import tiny
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
-# The script, but for the size of the world's two stages.
-PROGRAM = f"""
-import dataclasses, sys
-sys.path.insert(0, {str(SCRIPTS)!r})
-import quickstart, results
-whole = quickstart.stages
-quickstart.stages = lambda out: [dataclasses.replace(flags, max_steps=2) for flags in whole(out)]
-results.main()
-"""
+
+def articles(path: Path, count: int = 12) -> Path:
+    """As many articles with a passage of 30 words and more, and three questions about each."""
+    data = []
+    for i in range(count):
+        facts = [f"The tower {i}{j} is painted c{i}{j}x on all of its sides." for j in range(3)]
+        qas = [
+            {"id": f"{i}-{j}", "question": f"How is the tower {i}{j} painted?", "answers": [{"text": f"c{i}{j}x"}]}
+            for j in range(3)
+        ]
+        for question in qas:
+            question["answers"][0]["answer_start"] = 0
+        data.append({"title": f"towers {i}", "paragraphs": [{"context": " ".join(facts), "qas": qas}]})
+    path.write_text(json.dumps({"version": "1.1", "data": data}), encoding="utf-8")
+    return path
 
 
 @pytest.mark.slow
 def test_one_command_writes_the_page_and_goes_on_where_it_stopped(tmp_path):
     pytest.importorskip("torch")
-    web, squad = tiny.documents(tmp_path / "web.jsonl"), tiny.squad(tmp_path / "squad.json", 40)
-    arguments = ["--web", web, "--train", squad, "--eval", squad, "--vocabulary", 300, "--hidden-size", 64]
-    arguments += ["--layers", 1, "--pretrain-steps", 2, "--finetune-steps", 2, "--max-eval-samples", 40]
-    command = [sys.executable, "-c", PROGRAM, *map(str, arguments), "--timed-samples", "2", "--max-new-tokens", "4"]
+    pytest.importorskip("gguf")
+    from llama_cpp import make_gguf
+
+    model, squad = make_gguf(tmp_path / "tiny.gguf"), articles(tmp_path / "squad.json")
+    sizes = "--steps 2 --row 400 --train-contexts 6 --passages 2 --contexts 11 --timed 2 --max-new-tokens 3"
+    command = [sys.executable, SCRIPTS / "results.py", "--gguf", model, "--train", squad, "--eval", squad]
+    command = [*map(str, command), *sizes.split()]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     page, out = (tmp_path / "results.md").read_text(encoding="utf-8"), tmp_path / "results"
-    assert "not Qwen3's weights" in page
-    assert "--eval FILE --vocabulary 300 --hidden-size 64 --layers 1" in page
-    for text in (
-        "isolated=control",
-        "hf-one-prompt",
-        "| columnar | finetuned |",
-        "F1 % by branch index",
-        "cores, float32",
-    ):
+    assert "not Qwen3" in page
+    assert f"--gguf FILE --train FILE --eval FILE {sizes}" in page
+    assert len(page.splitlines()) <= 120
+    for text in ("control: trained and decoded one by one", "| 2 | 12 |", "upper bound", "leak-free", "times as fast"):
         assert text in page
-    assert "tower" not in page  # no question, no answer
+    assert not re.search(r"tower|c\d+x", page)  # no question, no answer
+    assert str(tmp_path) not in page
+    assert (tmp_path / "passages.svg").is_file()
 
-    def flags(model: str, stage: str) -> dict:
-        return json.loads((out / "web" / model / stage / "run.json").read_text(encoding="utf-8"))["flags"]
+    def flags(model: str) -> dict:
+        return json.loads((out / model / "run.json").read_text(encoding="utf-8"))["flags"]
 
-    control = flags("control", "finetuned")
+    columns, control = flags("columns"), flags("control")
+    different = {key for key in columns if columns[key] != control[key]}
+    assert different == {"output_dir", "pair_indices", "sibling_bias", "visibility", "align"}
     assert (control["pair_indices"], control["visibility"], control["align"]) == ([], "isolated", "ragged")
-    for stage in ("pretrained", "finetuned"):
-        columnar, control = flags("columnar", stage), flags("control", stage)
-        different = {key for key in columnar if columnar[key] != control[key]}
-        assert different - {"output_dir", "model_name", "sibling_bias"} == {"pair_indices", "visibility", "align"}
-    weights = (out / "web" / "columnar" / "finetuned" / "run.json").stat().st_mtime_ns
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)  # finished: nothing is trained anew
-    assert (out / "web" / "columnar" / "finetuned" / "run.json").stat().st_mtime_ns == weights
+    shutil.rmtree(out / "closed-book")  # only this is made anew
+    before = (out / "columns" / "run.json").stat().st_mtime_ns
+    again = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+    assert "closed-book" in again.stdout
+    assert "columns: " not in again.stdout
+    assert (out / "columns" / "run.json").stat().st_mtime_ns == before
 
 
 def test_what_is_missing_is_named(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import results
 
-    monkeypatch.setattr(sys, "argv", ["results.py", "--web", str(tiny.documents(tmp_path / "web.jsonl"))])
+    monkeypatch.setattr(sys, "argv", ["results.py", "--gguf", str(tiny.documents(tmp_path / "m.gguf"))])
     with pytest.raises(ValueError, match="--train and --eval must name a file"):
         results.main()
