@@ -49,3 +49,9 @@ class PeakMemory:
             kibibytes = {words[0]: int(words[1]) for words in lines if words and words[0] in ("VmRSS:", "VmHWM:")}
             return kibibytes["VmRSS:"] * 1024, kibibytes["VmHWM:"] * 1024
         return None, None
+
+
+def peak_bytes(memory: Any) -> int:
+    """All that is alive at once, by the compiler's account: what comes in, what goes out, and what is between."""
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return kept + memory.temp_size_in_bytes

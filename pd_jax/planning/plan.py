@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 
 from pd_jax.config import LoraConfig, ModelConfig
-from pd_jax.machines import GIB, Machine
+from pd_jax.machines import GIB, Machine, peak_bytes
 from pd_jax.mesh import make_mesh
 from pd_jax.params import parameter_count, training_flops
 from pd_jax.planning.collectives import collectives
@@ -47,12 +47,6 @@ class Plan:
 def local_bytes(tree: Any) -> int:
     """Bytes of one device's part of a tree of abstract arrays."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def peak_bytes(memory: Any) -> int:
-    """All that is alive at once, by the compiler's account: what comes in, what goes out, and what is between."""
-    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return kept + memory.temp_size_in_bytes
 
 
 def workload_of(flags: PlanFlags) -> Workload:

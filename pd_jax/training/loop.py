@@ -22,7 +22,7 @@ from pd_jax.data.text import BadRows
 from pd_jax.errors import InputError
 from pd_jax.files import Base, load_params, prove_saving, save_adapter, save_model, write_run
 from pd_jax.lora import init_adapters
-from pd_jax.machines import Trace, stop_signal
+from pd_jax.machines import Trace, peak_bytes, stop_signal
 from pd_jax.mesh import abstract_arrays, param_shardings, place_batch
 from pd_jax.params import Params, init_params, parameter_count, training_flops
 from pd_jax.sight import attention_mass
@@ -163,7 +163,7 @@ def train(
             data.set_state(position)
             ahead = None
             say(f"resuming {output} after step {first} of {steps}")
-        run_step = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None))
+        jitted, run_step = jax.jit(step_fn, donate_argnums=0, out_shardings=(places, None)), None
         run_evaluate = jax.jit(evaluate_fn)
         run_look = jax.jit(partial(sibling_share, config, lora), out_shardings=NamedSharding(mesh, P()))
 
@@ -220,9 +220,13 @@ def train(
                 if ahead is None:
                     say(f"the data ended after step {step} of {steps}; finishing here")
                     break
-                batch, ahead = ahead, None
+                batch, ahead = place_batch(mesh, run.accumulation, ahead), None
+                if run_step is None:
+                    run_step = jitted.lower(state, frozen, batch).compile()
+                    held = peak_bytes(run_step.memory_analysis()) / 2**20
+                    say(f"a step holds {held:,.1f} MiB of every device at the most, all weights and moments included")
                 trace.before(step + 1)
-                state, metrics = run_step(state, frozen, place_batch(mesh, run.accumulation, batch))
+                state, metrics = run_step(state, frozen, batch)
                 read()
                 step += 1
                 pending = (step, metrics, position)

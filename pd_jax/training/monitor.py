@@ -26,6 +26,10 @@ def say(text: str) -> None:
         console.print(text)
 
 
+def duration(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
 class Monitor:
     """Takes the metrics of every step; logs every `every`-th, the last and those with a validation loss.
 
@@ -47,6 +51,7 @@ class Monitor:
             keep_metrics(self.path, first)
             self.file = self.path.open("a", encoding="utf-8")
             self.events = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1)
+        self.first, self.began = first, math.nan
         self.since, self.seen, self.tokens, self.used = time.monotonic(), first, 0.0, 0.0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=console, disable=not (self.mine and console.is_terminal))
@@ -67,6 +72,11 @@ class Monitor:
         share of attention on siblings. Raises `FloatingPointError` for a loss that is not finite."""
         loss = float(metrics["loss"])
         self.bar.update(self.task, completed=step)
+        if step == self.first + 1:
+            self.began = time.monotonic()  # its time was that of compilation too
+        elif step == self.first + 2 < self.steps:
+            seconds = time.monotonic() - self.began
+            say(f"a step takes {seconds:.2f} s, all that are left about {duration((self.steps - step) * seconds)}")
         self.tokens += float(metrics["tokens"])
         self.used += float(metrics["used"])
         if not math.isfinite(loss) or not math.isfinite(float(metrics["grad_norm"])):
@@ -99,7 +109,7 @@ class Monitor:
         for name, value in record.items():
             if name != "step":
                 self.events.add_scalar(name, value, step)
-        left = datetime.timedelta(seconds=round((self.steps - step) * record["seconds_per_step"]))
+        left = duration((self.steps - step) * record["seconds_per_step"])
         say(
             f"step {step}/{self.steps}  loss {loss:.4f}  "
             + (f"validation {validation[0]:.4f}  " if validation is not None else "")

@@ -453,3 +453,16 @@ def test_what_does_not_fit_is_counted(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.replace("\n", " ")
     assert re.search(r"contexts, \d+ questions; [1-9]\d* backgrounds shortened and [1-9]\d* contexts dropped", said)
     assert taken["tokens"].shape == (8, 112)
+
+
+def test_a_run_says_what_it_takes_before_it_takes_it(tmp_path, capsys):
+    """Memory before the first step, by the compiler's account; the time that is left after the second."""
+    sizes = {}
+    for length in (8, 64):
+        flags = pretrain_flags(tmp_path / str(length), seq_length=length, max_steps=4, batch_size=8, mesh=(1, 8, 1))
+        pretrain(flags)
+        said = " ".join(capsys.readouterr().out.split())
+        assert re.search(r"a step holds .* step 1/4 .*a step takes \d+\.\d\d s, all that are left about 0:00:0\d", said)
+        assert said.count("a step takes") == 1
+        sizes[length] = float(re.findall(r"a step holds ([\d,.]+) MiB", said)[0].replace(",", ""))
+    assert 0 < sizes[8] < sizes[64] < 100
