@@ -164,12 +164,17 @@ def given(flags: Any) -> dict[str, Any]:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script. An `InputError` becomes one line on stderr and exit code 2, a `FloatingPointError` (training that
-    has diverged) one line and exit code 1; every other error is a bug and keeps its traceback."""
+    has diverged) one line and exit code 1, a reader that went away (`| head`) exit code 1; every other error is a bug
+    and keeps its traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of ours tokenise already
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pd_jax.attention").setLevel(logging.INFO)  # it says which attention backend was taken
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has nowhere to go
+        raise SystemExit(1) from None
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -86,7 +86,7 @@ def jobs(flags: Flags, out: Path) -> list[list[Job]]:
 
     squad = f"--dataset-name {quoted['train']} --max-train-samples {flags.train_contexts} --max-branches 6"
     ask = f"--dataset-name {quoted['eval']} --max-branches 6"
-    control, closed, told = (out / name for name in ("control", "closed-book", "told"))
+    control, told = out / "control", out / "told"
     begin = [
         Job("convert", f"convert/from_gguf.py --gguf {quoted['gguf']} --output {start}", start / "config.json"),
         *(made(k, "train", 300) for k in flags.passages),
@@ -99,7 +99,6 @@ def jobs(flags: Flags, out: Path) -> list[list[Job]]:
         trained("columns", squad),
         *(trained(f"passages-{k}-columns", siblings[k]) for k in flags.passages),
         trained("told", f"--dataset-name {background} --min-questions 1 {ORDINARY}"),
-        trained("closed-book", f"{siblings[middle]} {ORDINARY}"),
     ]
     answer = [
         evaluated(
@@ -110,7 +109,7 @@ def jobs(flags: Flags, out: Path) -> list[list[Job]]:
     ]
     for k in flags.passages:
         model, held_out = out / f"passages-{k}-columns", sets[k]["eval"]
-        rows = f"isolated={closed} isolated prompts columns --against columns"
+        rows = f"isolated={told} isolated prompts columns --against columns"
         here = f"--max-branches {k} --max-eval-samples 100000"
         answer += [
             evaluated(f"passages-{k}-seen", f"--ft-model {model} --dataset-name {held_out}/siblings.json {here}", rows),
@@ -288,8 +287,8 @@ def passages_part(flags: Flags, out: Path) -> list[str]:
     return [
         "## Questions about a sibling's passage",
         "Every branch holds a passage of its own and is asked about a sibling's; the background holds none. EM, in "
-        "percent. Upper bound: a model of the ordinary kind, told the passage in the background. Closed book: a model "
-        "of the ordinary kind that sees its own passage only.",
+        "percent. Upper bound: a model trained in the ordinary way, told the passage in the background. Closed book: "
+        "the same model, not told.",
         table(header, lines),
         "![Exact match by the number of branches](passages.svg)",
         "Where `sibling_bias` ends, of all heads (it begins at -2), and the mean change of a logit when siblings are "

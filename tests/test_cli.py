@@ -107,3 +107,14 @@ def test_help_is_grouped_and_does_not_wait_for_jax(script):
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert "--output-dir" in done.stdout or script == "demo"
     assert done.stdout.endswith("NONE\n")
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    program = "from pd_jax.cli import run; run(lambda: [print('x' * 1000) for _ in range(1000)])"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1

@@ -1,4 +1,4 @@
-"""The README's commands: every flag exists, and the stages run in the README's order on tiny inputs."""
+"""The commands of the README and of docs: every flag exists, and the stages run in that order on tiny inputs."""
 
 import os
 import re
@@ -18,9 +18,17 @@ from pd_jax.training import FinetuneFlags, PretrainFlags
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line]
-STAGES = [shlex.split(line) for line in COMMANDS if line.startswith("python ")]
+
+
+def commands(text: str) -> list[str]:
+    return [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines() if line]
+
+
+COMMANDS = commands(README)
+PAGES = {path.stem: commands(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "docs").glob("*.md"))}
+RUN = [*COMMANDS, *PAGES["machines"], *PAGES["speed"], *PAGES["weights"]]
+STAGES = [shlex.split(line) for line in RUN if line.startswith("python ")]
+MADE = [shlex.split(line) for line in PAGES.get("results", ())]  # by scripts/results.py
 FLAGS = {
     "ablate": AblateFlags,
     "pretrain": PretrainFlags,
@@ -30,13 +38,20 @@ FLAGS = {
 }
 
 
+def test_the_readme_is_short_and_its_links_are_there():
+    assert len(README.splitlines()) <= 250
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page}: {link}"
+
+
 def test_the_first_screen_has_exactly_two_commands_that_install():
     screen = README.splitlines()[:20]
     assert sum(line == "```bash" for line in screen) == 2
     assert [line for line in screen if "pip install" in line] == [c for c in COMMANDS if "pip install" in c]
 
 
-@pytest.mark.parametrize("command", STAGES, ids=lambda c: " ".join(c[1:4]))
+@pytest.mark.parametrize("command", STAGES + MADE, ids=lambda c: " ".join(c[1:4]))
 def test_every_flag_exists(command):
     from pd_jax.cli import parse
 
@@ -75,7 +90,7 @@ def test_the_stages_run_in_order(tmp_path):
     first = ["--random-init", "--model-name", str(base), "--output-dir", "seed", *small["pretrain"]]
     run(str(ROOT / "scripts/pretrain.py"), *first)
     run(str(ROOT / "convert/flax_to_hf.py"), "--checkpoint", "seed", "--output", str(export))
-    ran = set()
+    ran: set[str] = set()
     for command in STAGES:
         script = Path(command[1])
         if script.stem not in small or any("configs/" in a for a in command):
