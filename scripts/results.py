@@ -104,7 +104,7 @@ def jobs(flags: Flags, out: Path) -> list[list[Job]]:
         evaluated(
             "questions",
             f"--ft-model {out / 'columns'} {ask} --max-eval-samples {flags.contexts}",
-            f"isolated={control} isolated prompts columns",
+            f"isolated={control} isolated columns",
         )
     ]
     for k in flags.passages:
@@ -224,7 +224,6 @@ def questions_part(out: Path) -> list[str]:
     rows = load(out, "questions")["summary"]["rows"]
     words = {
         "isolated": "trained in columns, siblings hidden",
-        "prompts": "trained in columns, siblings' questions seen",
         "columns": "trained and decoded in columns",
     }
     names = {name: words.get(name, "control: trained and decoded one by one") for name in rows}
