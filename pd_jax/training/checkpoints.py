@@ -10,7 +10,7 @@ import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from pd_jax.files import root_cause
+from pd_jax.files import digest, root_cause
 from pd_jax.training.monitor import say
 from pd_jax.training.step import State
 
@@ -57,8 +57,9 @@ class Checkpoints:
         """Start to save `state` and the JSON position `data`. A failed earlier save is reported and does not end the
         run: the checkpoint before it is still there."""
         try:
+            about = {"data": data, "digest": digest(state)}
             self.orbax.save_checkpointables_async(
-                step, {"state": state}, metrics={"loss": loss}, custom_metadata={"data": data}, force=True
+                step, {"state": state}, metrics={"loss": loss}, custom_metadata=about, force=True
             )
         except Exception as error:
             say(f"warning: checkpoint {step} could not be saved ({root_cause(error)}); the run goes on")
@@ -72,6 +73,8 @@ class Checkpoints:
             try:
                 state = self.orbax.load_checkpointables(step, {"state": target})["state"]
                 metadata: Any = self.orbax.checkpointables_metadata(step).custom_metadata
+                if metadata.get("digest") not in (None, digest(state)):  # an older one has none
+                    raise OSError("it is not what was saved: bits have changed on the disk")
                 return state, metadata["data"], step
             except Exception as error:
                 self._set_aside(step, error)

@@ -132,6 +132,7 @@ def train(
     write_run(output, run.flags, start.base, run.data, finished=False)
 
     # -- step and state
+    load = partial(load_weights, start, settings.seed)
     optimizer, schedule = make_optimizer(optimisation, steps)
     step_fn, evaluate_fn = make_step(config, optimizer, settings, lora)
     with jax.set_mesh(mesh), Checkpoints(output / "checkpoints", run.keep) as saved, stop_signal() as stop:
@@ -140,7 +141,7 @@ def train(
             shardings = param_shardings(config, mesh)
             trained = jax.eval_shape(partial(init_params, config), jax.random.key(0))
         else:
-            frozen = load_weights(start, settings.seed, settings.dtype)
+            frozen = load(settings.dtype)
             if config.sibling_bias and "sibling_bias" not in adapters:
                 adapters |= {"sibling_bias": frozen["layers"]["sibling_bias"].astype(jnp.float32)}
             shardings = jax.tree.map(lambda _: NamedSharding(mesh, P()), adapters)
@@ -150,11 +151,7 @@ def train(
         resumed = saved.newest(target)
         if resumed is None:
             first = 0
-            weights = (
-                load_weights(start, settings.seed, jnp.float32)
-                if adapters is None
-                else jax.device_put(adapters, shardings)
-            )
+            weights = load(jnp.float32) if adapters is None else jax.device_put(adapters, shardings)
             opt = jax.jit(optimizer.init, out_shardings=places["opt"])(weights)
             state: State = {"trained": weights, "opt": opt, "step": jax.device_put(jnp.int32(0), places["step"])}
             del weights, opt  # the first step takes their memory
