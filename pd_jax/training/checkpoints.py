@@ -57,7 +57,7 @@ class Checkpoints:
         """Start to save `state` and the JSON position `data`. A failed earlier save is reported and does not end the
         run: the checkpoint before it is still there."""
         try:
-            about = {"data": data, "digest": digest(state)}
+            about: Any = {"data": data, "digest": digest(state)}
             self.orbax.save_checkpointables_async(
                 step, {"state": state}, metrics={"loss": loss}, custom_metadata=about, force=True
             )
