@@ -222,10 +222,7 @@ def bins(row: dict[str, Any], reference: dict[str, Any]) -> Iterable[tuple[str, 
 
 def questions_part(out: Path) -> list[str]:
     rows = load(out, "questions")["summary"]["rows"]
-    words = {
-        "isolated": "trained in columns, siblings hidden",
-        "columns": "trained and decoded in columns",
-    }
+    words = {"isolated": "trained in columns, siblings hidden", "columns": "trained and decoded in columns"}
     names = {name: words.get(name, "control: trained and decoded one by one") for name in rows}
     lines = [
         [names[n], score(r, "em"), difference(r), score(r, "f1"), score(r["leak_free"], "em")] for n, r in rows.items()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pd_jax.data.text import BadRows, tokenise
+from pd_jax.data.text import BadRows, tokenise, tokenise_background
 from pd_jax.errors import InputError, check_text
 from pd_jax.layout import Branch, Sample, TokenSample, fit
 
@@ -108,7 +108,8 @@ def to_tokens(context: Context, tokenizer: Any, end: int) -> TokenSample:
         answer = tokenise(tokenizer, answer_text(question.answers[0]))
         return Branch(tokenise(tokenizer, prompt_text(question)), answer, end)
 
-    return TokenSample(tokenise(tokenizer, background_text(context)), [branch(q) for q in context.questions])
+    background = tokenise_background(tokenizer, background_text(context))
+    return TokenSample(background, [branch(q) for q in context.questions])
 
 
 def fitted_samples(

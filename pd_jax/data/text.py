@@ -40,6 +40,13 @@ def tokenise(tokenizer: Any, text: Any, chat_markup: bool = False) -> Any:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=not chat_markup)["input_ids"]
 
 
+def tokenise_background(tokenizer: Any, text: Any, chat_markup: bool = False) -> list[int]:
+    """The token ids of a background, behind the token with which the model's texts begin, if its tokenizer puts one
+    there (Llama 3 and Mistral do, Qwen and SmolLM2 do not)."""
+    begin = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id]
+    return begin + tokenise(tokenizer, text, chat_markup)
+
+
 def check_ids(ids: Any, rows: int, name: str) -> None:
     """Raise `InputError` for what is no token id of a model with so many rows of embeddings: it would be clamped."""
     array = np.asarray(ids)
@@ -78,7 +85,8 @@ def tokenise_samples(samples: Sequence[Sample | TokenSample], tokenizer: Any, ro
         if isinstance(sample, Sample):
             ids = partial(tokenise, tokenizer, chat_markup=sample.chat_markup)
             branches = [Branch(ids(text)) for text in sample.branches]
-            sample = TokenSample(ids(sample.background), branches, sample.visibility)
+            background = tokenise_background(tokenizer, sample.background, sample.chat_markup)
+            sample = TokenSample(background, branches, sample.visibility)
         if not isinstance(sample, TokenSample):
             raise InputError(f"sample {i} is {shown(sample)}; pass {CALL}, or a TokenSample of token ids")
         check_sample(sample, rows, f"sample {i}")

@@ -1,3 +1,4 @@
+import copy
 import gzip
 import json
 import os
@@ -5,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+from tokenizers import processors
 
 from pd_jax.data import squad
 from pd_jax.data.squad import Context, Question, load_squad, select, to_sample, to_tokens
+from pd_jax.data.text import tokenise_samples
+from pd_jax.layout import Sample
 
 QAS = [
     {"id": "a1", "question": " Where does Ann live? ", "answers": [{"text": " Rome ", "answer_start": 0}]},
@@ -162,6 +166,22 @@ def test_select():
         select(contexts, 3, 4, None)
     with pytest.raises(ValueError, match="no context has 6 questions"):
         select(contexts, 6, 6, None)
+
+
+def test_a_text_begins_as_the_model_s_texts_do():
+    """With Llama 3's and Mistral's tokenizers: once, before the background, also of a sample without one."""
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    begin, context = tokenizer.pad_token_id, Context("", "Red.", (Question("", "What?", ("Red",)),))
+    plain, empty = to_tokens(context, tokenizer, 0), Sample("", ["a"])
+    assert tokenise_samples([empty], tokenizer, 336)[0].background == []
+    template = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", begin)])
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.bos_token = "<|endoftext|>"
+    begun = to_tokens(context, tokenizer, 0)
+    assert begun.background == [begin, *plain.background]
+    assert begun.branches == plain.branches
+    assert tokenise_samples([to_sample(context), empty], tokenizer, 336)[0].background == begun.background
+    assert tokenise_samples([empty], tokenizer, 336)[0].background == [begin]
 
 
 def test_pieces_are_tokenised_one_by_one():
