@@ -26,9 +26,10 @@ def commands(text: str) -> list[str]:
 
 COMMANDS = commands(README)
 PAGES = {path.stem: commands(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "docs").glob("*.md"))}
-RUN = [*COMMANDS, *PAGES["machines"], *PAGES["speed"], *PAGES["weights"]]
-STAGES = [shlex.split(line) for line in RUN if line.startswith("python ")]
-MADE = [shlex.split(line) for line in PAGES.get("results", ())]  # by scripts/results.py
+STAGES, OTHERS = (
+    [shlex.split(line) for line in lines if line.startswith("python ")]
+    for lines in (COMMANDS + PAGES["weights"], [line for lines in PAGES.values() for line in lines])
+)
 FLAGS = {
     "ablate": AblateFlags,
     "pretrain": PretrainFlags,
@@ -51,7 +52,7 @@ def test_the_first_screen_has_exactly_two_commands_that_install():
     assert [line for line in screen if "pip install" in line] == [c for c in COMMANDS if "pip install" in c]
 
 
-@pytest.mark.parametrize("command", STAGES + MADE, ids=lambda c: " ".join(c[1:4]))
+@pytest.mark.parametrize("command", STAGES + OTHERS, ids=lambda c: " ".join(c[1:4]))
 def test_every_flag_exists(command):
     from pd_jax.cli import parse
 
