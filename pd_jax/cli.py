@@ -166,7 +166,8 @@ def run(main: Callable[[], None]) -> None:
     """Run a script. An `InputError` becomes one line on stderr and exit code 2, a `FloatingPointError` (training that
     has diverged) one line and exit code 1, a reader that went away (`| head`) exit code 1; every other error is a bug
     and keeps its traceback."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of ours tokenise already
+    # Threads of ours tokenise already; and nobody is told what runs here, unless asked to.
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"} | os.environ
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pd_jax.attention").setLevel(logging.INFO)  # it says which attention backend was taken
     try:
