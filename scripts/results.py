@@ -104,7 +104,7 @@ def jobs(flags: Flags, out: Path) -> list[list[Job]]:
         evaluated(
             "questions",
             f"--ft-model {out / 'columns'} {ask} --max-eval-samples {flags.contexts}",
-            f"isolated={control} isolated columns",
+            f"isolated={control} columns",
         )
     ]
     for k in flags.passages:

@@ -39,11 +39,23 @@ FLAGS = {
 }
 
 
-def test_the_readme_is_short_and_its_links_are_there():
-    assert len(README.splitlines()) <= 250
-    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+def test_the_links_of_the_pages_are_there():
+    for page in [*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page}: {link}"
+
+
+def test_the_chinese_readme_has_the_same_commands_and_figures():
+    chinese = (ROOT / "README.zh.md").read_text(encoding="utf-8")
+    assert commands(chinese) == COMMANDS
+    for text in (README, chinese):
+        assert len(text.splitlines()) <= 250
+
+    def tables(text: str) -> list[list[str]]:
+        """The figures of the tables."""
+        return [re.findall(r"(?<![\w.])\d+\.\d+", line) for line in text.splitlines() if line.startswith("|")]
+
+    assert tables(chinese) == tables(README)
 
 
 def test_the_first_screen_has_exactly_two_commands_that_install():
