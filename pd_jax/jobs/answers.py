@@ -55,7 +55,13 @@ def open_answers(output: Path, about: dict[str, Any]) -> Generator[tuple[IO[byte
         except BlockingIOError:
             raise InputError(f"{partial} is being written by another process; wait for it") from None
         done = _go_on(file, partial, about)
-        yield file, done
+        try:
+            yield file, done
+        except BaseException:
+            file.flush()
+            if len(partial.read_bytes().splitlines()) == 1:
+                partial.unlink()  # nothing has been answered: nothing is left behind
+            raise
         file.flush()
         file.seek(0)
         lines = sorted(file.read().splitlines()[1:], key=lambda line: json.loads(line)["line"])

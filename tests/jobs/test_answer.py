@@ -139,6 +139,13 @@ def test_a_bad_line_is_named_or_counted(tmp_path, answer, capsys, line, message)
     assert "1 bad rows of the data were skipped" in capsys.readouterr().out
 
 
+def test_a_job_that_cannot_begin_leaves_nothing(tmp_path, answer, capsys):
+    source = write(tmp_path / "in.jsonl")
+    assert answer("--input", source, "--output", tmp_path / "out.jsonl", "--pair-indices", 1, 99, *SMALL) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
 def test_other_formats_and_limits(tmp_path, answer):
     rows = [{"id": "a", "background": "Red.", "branches": ["What?", "How?"], "max_new_tokens": [1, 2]}]
     columns = {key: [row[key] for row in rows] for key in rows[0]}
