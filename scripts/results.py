@@ -235,8 +235,8 @@ def questions_part(out: Path) -> list[str]:
     return [
         "## Questions about one context",
         f"{first['questions']:,} questions; nothing in them needs a sibling, so the aim is to lose nothing. Leak-free: "
-        f"the {leak_free:,} questions whose answer stands in no sibling's question or answer. Hiding the siblings changes "
-        f"a logit of the model in columns by {effect:.2f} of the logits' standard deviation.",
+        f"the {leak_free:,} questions whose answer stands in no sibling's question or answer. Hiding the siblings "
+        f"changes a logit of the model in columns by {effect:.2f} of the logits' standard deviation.",
         table(["model", "EM", "EM against the control", "F1", "EM, leak-free"], lines),
         table(["branches", "questions", "EM in columns", "EM of the control"], binned),
     ]
