@@ -218,7 +218,8 @@ def bins(row: dict[str, Any], reference: dict[str, Any]) -> Iterable[tuple[str, 
                 sum(r["by_branches"][k]["em"]["value"] * r["by_branches"][k]["questions"] for k in inside) / total
                 for r in (row, reference)
             ]
-            yield (f"{first}" if first == last else f"{first} to {min(last, int(counts[-1]))}"), total, *mean
+            most = min(last, int(counts[-1]))
+            yield (str(first) if first == most else f"{first} to {most}"), total, *mean
 
 
 def questions_part(out: Path) -> list[str]:
