@@ -1,9 +1,11 @@
 """The commands of the README and of docs: every flag exists, and the stages run in that order on tiny inputs."""
 
+import json
 import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import tiny
 
 from pd_jax.benchmarks import AblateFlags
+from pd_jax.config import SECTION
 from pd_jax.evaluation import EvaluateFlags
 from pd_jax.planning import PlanFlags
 from pd_jax.training import FinetuneFlags, PretrainFlags
@@ -103,12 +106,16 @@ def test_the_stages_run_in_order(tmp_path):
     first = ["--random-init", "--model-name", str(base), "--output-dir", "seed", *small["pretrain"]]
     run(str(ROOT / "scripts/pretrain.py"), *first)
     run(str(ROOT / "convert/flax_to_hf.py"), "--checkpoint", "seed", "--output", str(export))
+    stock = shutil.copytree(export, tmp_path / "stock")  # without our settings, as the hub has it
+    content = json.loads((stock / "config.json").read_text(encoding="utf-8"))
+    (stock / "config.json").write_text(json.dumps({key: content[key] for key in content if key != SECTION}))
     ran: set[str] = set()
     for command in STAGES:
         script = Path(command[1])
         if script.stem not in small or any("configs/" in a for a in command):
             continue
-        argv = [a.replace("Qwen/Qwen3-0.6B", str(export)) for a in command[2:] if a != "--streaming"]
+        model = str(stock if "--pair-indices" in command else export)
+        argv = [a.replace("Qwen/Qwen3-0.6B", model) for a in command[2:] if a != "--streaming"]
         output = run(str(ROOT / script), *argv, *small[script.stem])
         ran.add(script.stem)
         if script.stem == "evaluate":
