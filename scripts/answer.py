@@ -9,7 +9,6 @@ are read too. Every line becomes {"id": "a", "answers": ["...", "..."], "finish_
 order of the input. Run again, it goes on where it was stopped.
 """  # fmt: skip
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -62,12 +61,10 @@ def main() -> None:
     if flags.input is None or flags.output is None:
         raise InputError("--input and --output are required: a file of documents and the file for their answers")
     path, output = Path(flags.input), Path(flags.output)
-    import jax
-
-    from pd_jax import ParallelDecoder
+    from pd_jax.data.prints import data_prints
     from pd_jax.data.text import BadRows
     from pd_jax.files import find_source, fingerprint
-    from pd_jax.jobs import Progress, Settings, answer_requests, open_answers, read_requests
+    from pd_jax.jobs import Progress, Settings, answer_requests, load_decoder, open_answers, read_requests
 
     bad = BadRows(flags.skip_bad_rows)
     requests = list(read_requests(path, bad))  # a bad line is found before any work
@@ -76,7 +73,7 @@ def main() -> None:
     model, adapter = find_source(flags.model_name, flags.base_model, flags.local_files_only)
     settings = Settings(flags.max_new_tokens, flags.stop, flags.batch_size)
     about = {
-        "input": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "input": data_prints([flags.input])[flags.input],
         "weights": [fingerprint(part) for part in (model, adapter) if part is not None],
         "max_new_tokens": flags.max_new_tokens,
         "stop": list(flags.stop),
@@ -89,11 +86,10 @@ def main() -> None:
     with open_answers(output, about) as (file, done):
         if done:
             print(f"going on behind {len(done)} of {len(requests)} documents", flush=True)
-        default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        decoder = ParallelDecoder.from_pretrained(
+        decoder = load_decoder(
             model,
             adapter,
-            dtype=default if flags.dtype == "auto" else flags.dtype,
+            dtype=flags.dtype,
             visibility=flags.visibility,
             align=flags.align,
             pair_indices=flags.pair_indices,

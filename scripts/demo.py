@@ -69,31 +69,6 @@ def samples(flags: Flags) -> "list[Sample]":
     return [to_sample(Context("", text, tuple(Question("", q, ()) for q in questions))) for text, questions in given]
 
 
-def load(flags: Flags) -> "ParallelDecoder":
-    import jax
-
-    from pd_jax import ParallelDecoder
-    from pd_jax.files import find_source
-
-    model, adapter = find_source(flags.model_name, flags.base_model, flags.local_files_only)
-    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    decoder = ParallelDecoder.from_pretrained(
-        model,
-        adapter,
-        dtype=default if flags.dtype == "auto" else flags.dtype,
-        visibility=flags.visibility,
-        align=flags.align,
-        pair_indices=flags.pair_indices,
-        local_files_only=flags.local_files_only,
-    )
-    if decoder.config.visibility is None and decoder.visibility != "isolated":
-        logging.warning(
-            "%s has no column settings: it has never learned to tell branches apart (--visibility isolated --align "
-            "ragged answers as without siblings, finetune.py teaches it)", flags.model_name,
-        )  # fmt: skip
-    return decoder
-
-
 def linear(decoder: "ParallelDecoder", sample: "Sample") -> Iterator[str]:
     """The prefilled tokens in the model's order, one column a line, each as branch:text; branch 0 is the background."""
     layout = decoder.layout([sample])
@@ -140,6 +115,8 @@ def main() -> None:
     if flags.verbose:
         logging.getLogger("pd_jax").setLevel(logging.INFO)
     from pd_jax import SamplingParams  # after parsing: --help does not wait
+    from pd_jax.files import find_source
+    from pd_jax.jobs import load_decoder
 
     # What can be wrong with the flags is found before the model is read.
     if "temperature" in given(flags) and not flags.do_sample:
@@ -152,7 +129,16 @@ def main() -> None:
         repetition_penalty=flags.repetition_penalty,
         seed=flags.seed,
     )
-    decoder = load(flags)
+    model, adapter = find_source(flags.model_name, flags.base_model, flags.local_files_only)
+    decoder = load_decoder(
+        model,
+        adapter,
+        dtype=flags.dtype,
+        visibility=flags.visibility,
+        align=flags.align,
+        pair_indices=flags.pair_indices,
+        local_files_only=flags.local_files_only,
+    )
     for sample in asked:
         answer(decoder, sample, params, flags.show_linear)
 

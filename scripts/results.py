@@ -160,8 +160,8 @@ def run_jobs(stage: Sequence[Job], out: Path, processes: int | None) -> None:
         seconds = time.monotonic() - began
         print(f"{time.strftime('%H:%M:%S')} {job.name}: {seconds:.0f} s", flush=True)
 
-    print(f"{sum(not job.over() for job in stage)} of {len(stage)} commands to run: "
-          + ", ".join(job.name for job in stage if not job.over()), flush=True)  # fmt: skip
+    waiting = [job.name for job in stage if not job.over()]
+    print(f"{len(waiting)} of {len(stage)} commands to run: {', '.join(waiting)}", flush=True)
     with ThreadPoolExecutor(count) as pool:
         list(pool.map(work, stage))
     if stop:
@@ -225,8 +225,7 @@ def bins(row: dict[str, Any], reference: dict[str, Any]) -> Iterable[tuple[str, 
 def questions_part(out: Path) -> list[str]:
     results = load(out, "questions")
     rows, effect = results["summary"]["rows"], results["sight"]["columns"]["effect"]
-    words = {"isolated": "trained in columns, siblings hidden", "columns": "trained and decoded in columns"}
-    names = {name: words.get(name, "control: trained and decoded one by one") for name in rows}
+    names = dict(zip(rows, ("control: trained and decoded one by one", "trained and decoded in columns"), strict=True))
     lines = [
         [names[n], score(r, "em"), difference(r), score(r, "f1"), score(r["leak_free"], "em")] for n, r in rows.items()
     ]

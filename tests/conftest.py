@@ -5,6 +5,11 @@ generator that compiles fast; what must not depend on the generator names its ow
 """
 
 import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
 
 os.environ.update(
     JAX_PLATFORMS="cpu",
@@ -15,3 +20,18 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="Agg",
 )
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """A script of ours as a user runs it, with some arguments; its exit code."""
+
+    def run(script: str, *arguments) -> int:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        try:
+            runpy.run_path(str(Path(__file__).parents[1] / "scripts" / f"{script}.py"), run_name="__main__")
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return run

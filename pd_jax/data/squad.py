@@ -213,7 +213,7 @@ def _file_rows(path: Path) -> Iterable[Located]:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
         if ".jsonl" in path.suffixes:
-            return _numbered([_json_line(line) for line in text.split("\n") if line.strip()], str(path))
+            return _numbered([json_line(line) for line in text.split("\n") if line.strip()], str(path))
         return _json_rows(json.loads(text), str(path))
     except (OSError, zlib.error, EOFError, ValueError, RecursionError) as error:
         raise InputError(
@@ -221,7 +221,7 @@ def _file_rows(path: Path) -> Iterable[Located]:
         ) from None
 
 
-def _json_line(line: str) -> Any:
+def json_line(line: str | bytes) -> Any:
     """What a line of JSON lines holds, or what is wrong with it."""
     try:
         return json.loads(line)

@@ -64,13 +64,12 @@ def open_answers(output: Path, about: dict[str, Any]) -> Generator[tuple[IO[byte
             raise
         file.flush()
         file.seek(0)
-        lines = sorted(file.read().splitlines()[1:], key=lambda line: json.loads(line)["line"])
+        records = sorted(map(json.loads, file.read().splitlines()[1:]), key=lambda record: record["line"])
         stage = output.with_name(f".{output.name}")
         with stage.open("wb") as out:
-            for line in lines:
-                record = json.loads(line)
+            for record in records:
                 del record["line"]
-                out.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                out.write(_as_line(record))
         os.replace(stage, output)
         partial.unlink()
 
@@ -83,7 +82,7 @@ def _go_on(file: IO[bytes], partial: Path, about: dict[str, Any]) -> set[int]:
     file.truncate(len(kept))
     lines = kept.splitlines()
     if not lines:
-        file.write(json.dumps(about).encode() + b"\n")
+        file.write(_as_line(about))
         file.flush()
         return set()
     try:
@@ -113,9 +112,13 @@ def answer_requests(
         limits = [_limits(request, settings) for request, _ in batch]
         results = decoder.generate(asked, max_new_tokens=limits, stop=settings.stop)
         for (request, _), result in zip(batch, results, strict=True):
-            file.write(json.dumps(_record(request, result), ensure_ascii=False).encode() + b"\n")
+            file.write(_as_line(_record(request, result)))
         file.flush()
         advance(len(batch), sum(len(branch.token_ids) for result in results for branch in result.branches))
+
+
+def _as_line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
 def _limits(request: Request, settings: Settings) -> list[int]:

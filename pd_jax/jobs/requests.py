@@ -1,13 +1,13 @@
 """What a job asks: lines of documents with their prompts, or the contexts of a data set in SQuAD's format."""
 
 import gzip
-import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pd_jax.data.squad import load_squad, to_sample
+from pd_jax.data.squad import json_line, load_squad, to_sample
 from pd_jax.data.text import BadRows
 from pd_jax.errors import InputError, check_text, check_whole, shown
 from pd_jax.layout import Sample
@@ -77,13 +77,9 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield number, InputError(f"not JSON: {error}")
-    except (OSError, EOFError) as error:
+                if line.strip():
+                    yield number, json_line(line)
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read to its end: {error}") from None
 
 

@@ -1,9 +1,8 @@
 """Small random models, three contexts, a finished evaluation of them, and the script as a user runs it."""
 
 import json
-import runpy
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,22 +13,11 @@ from pd_jax.evaluation import EvaluateFlags, Results, evaluate
 from pd_jax.files import load_config, save_model, write_params
 from pd_jax.params import init_params
 
-SCRIPT = str(Path(__file__).parents[2] / "scripts" / "evaluate.py")
-
 
 @pytest.fixture
-def script(monkeypatch) -> Callable[..., int]:
+def script(command) -> Callable[..., int]:
     """scripts/evaluate.py with some arguments; its exit code."""
-
-    def run(*arguments) -> int:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        try:
-            runpy.run_path(SCRIPT, run_name="__main__")
-        except SystemExit as end:
-            return end.code
-        return 0
-
-    return run
+    return partial(command, "evaluate")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
     python tests/faults/test_d2_fuzz.py --count 100000
 
-mutates so many inputs, the readers in turn, and prints what became of them. The suite runs the first some hundred.
+changes so many inputs, for each reader in turn, and prints what became of them. The suite runs the first 800.
 """  # fmt: skip
 
 import argparse

@@ -1,9 +1,6 @@
 """scripts/answer.py: the answers of every document alone, in the order of the input, whatever interrupts it."""
 
 import json
-import runpy
-import sys
-from pathlib import Path
 
 import jax
 import pyarrow
@@ -15,7 +12,6 @@ from pd_jax import ParallelDecoder, Sample
 from pd_jax.files import load_config, save_model, write_params
 from pd_jax.params import init_params
 
-SCRIPT = str(Path(__file__).parents[2] / "scripts" / "answer.py")
 DOCUMENTS = [
     {
         "id": f"d{i}",
@@ -40,16 +36,11 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def answer(monkeypatch, model):
+def answer(command, model):
     """scripts/answer.py with some arguments; its exit code."""
 
     def run(*arguments, name="columns") -> int:
-        monkeypatch.setattr(sys, "argv", ["answer.py", "--model-name", str(model / name), *map(str, arguments)])
-        try:
-            runpy.run_path(SCRIPT, run_name="__main__")
-        except SystemExit as end:
-            return end.code
-        return 0
+        return command("answer", "--model-name", model / name, *arguments)
 
     return run
 
