@@ -24,11 +24,11 @@ from pd_jax.config import MIX, ROW_VISIBILITIES, VISIBILITIES, ModelConfig, RowV
 class Coordinates:
     """Where tokens stand; all of one shape [..., T]."""
 
-    branch: Array  # int32; 0 is the background
+    branch: Array  # int32; 0 is the trunk: the background and what joins say
     column: Array  # int32
     segment: Array  # int32, the sample's number in its row; -1 for PAD
     valid: Array  # bool; False for PAD
-    prompt: Array  # bool; part of a branch's prompt
+    prompt: Array  # bool; part of a prompt, a branch's or a join's
     visibility: Array | None = None  # int32, the place of each sample's own in `config.VISIBILITIES`; for "mix" only
 
     @classmethod
@@ -46,7 +46,7 @@ def column_mask(
         allowed(i, j) = i == j  or  segment_i == segment_j and valid_i and valid_j
                                     and column_j < column_i and visible(i, j)
         visible: "columns"  always
-                 "isolated" branch_j is 0 (the background) or branch_i
+                 "isolated" branch_j is 0 (the trunk) or branch_i, or branch_i is 0: the trunk sees everybody
                  "prompts"  as isolated, or j is a prompt token
                  "mix"      as the sample's own visibility says, which its coordinates carry
 
@@ -72,6 +72,24 @@ def column_mask(
         Q1[2]  1 1 1 1 1 1 1 1   1 1 1 1 1 1 1 . .      10
         Q2[2]  1 1 1 1 1 1 1 1   1 1 1 1 1 1 . 1 .      10
         Q1[3]  1 1 1 1 1 1 1 1   1 1 1 1 1 1 1 1 1      11
+
+    And "isolated" for a fork, a join and a fork over a background of two: branches 1 and 2, whose prompts of two and
+    one are answered with two and one; the trunk, asked J and saying S; branch 3. It sees what the trunk has made of its
+    siblings, and not themselves:
+
+               B0 B1   Q1 Q2 Q1 A1 A2 A1   J  S   Q3 A3      column
+        B0     1  .    .  .  .  .  .  .    .  .   .  .       0
+        B1     1  1    .  .  .  .  .  .    .  .   .  .       1
+        Q1[0]  1  1    1  .  .  .  .  .    .  .   .  .       2
+        Q2[0]  1  1    .  1  .  .  .  .    .  .   .  .       2
+        Q1[1]  1  1    1  .  1  .  .  .    .  .   .  .       3
+        A1[0]  1  1    1  .  1  1  .  .    .  .   .  .       4
+        A2[0]  1  1    .  1  .  .  1  .    .  .   .  .       4
+        A1[1]  1  1    1  .  1  1  .  1    .  .   .  .       5
+        J      1  1    1  1  1  1  1  1    1  .   .  .       6
+        S      1  1    1  1  1  1  1  1    1  1   .  .       7
+        Q3[0]  1  1    .  .  .  .  .  .    1  1   1  .       8
+        A3[0]  1  1    .  .  .  .  .  .    1  1   1  1       9
     """
     check_choice("visibility", visibility, ROW_VISIBILITIES)
 
@@ -82,7 +100,7 @@ def column_mask(
         return array[..., None, :]
 
     seen = (q(query.segment) == k(key.segment)) & (q(query.valid) & k(key.valid)) & (k(key.column) < q(query.column))
-    own = (k(key.branch) == 0) | (k(key.branch) == q(query.branch))
+    own = (k(key.branch) == 0) | (q(query.branch) == 0) | (k(key.branch) == q(query.branch))
     if visibility == MIX:
         assert query.visibility is not None  # `Coordinates.of(layout, "mix")` has it
         columns, prompts = (q(query.visibility) == VISIBILITIES.index(name) for name in ("columns", "prompts"))
@@ -95,9 +113,9 @@ def column_mask(
 
 
 def sibling_mask(query: Coordinates, key: Coordinates) -> Array:
-    """bool [..., T, S]: key j belongs to another branch than query i and not to the background."""
-    other = key.branch[..., None, :]
-    return (other != 0) & (other != query.branch[..., :, None])
+    """bool [..., T, S]: key j and query i belong to different branches, neither of them the trunk."""
+    own, other = query.branch[..., :, None], key.branch[..., None, :]
+    return (own != 0) & (other != 0) & (other != own)
 
 
 def prefix_ends(coordinates: Coordinates) -> tuple[Array, Array]:

@@ -7,6 +7,16 @@ tokens with questions of 4, 3 and 2 tokens, `align="left"`:
     column    0..7     8                    9                    10              11      12
     holds     B0..B7   Q1[0] Q2[0] Q3[0]    Q1[1] Q2[1] Q3[1]    Q1[2] Q2[2]     Q1[3]   the first answer tokens
 
+The text may go on. After a set of branches (a fork) branch 0, the trunk, may continue in the columns behind the last
+one that the fork used (a join); then another fork may follow, with branch numbers that were not used before. A
+background of two, a fork of two branches, a join and a fork of one:
+
+    column    0  1    2           3       4           5       6  7    8      9
+    branch 0  B0 B1                                           J  S
+    branch 1          Q1[0]       Q1[1]   A1[0]       A1[1]
+    branch 2          Q2[0]               A2[0]
+    branch 3                                                          Q3[0]  A3[0]
+
 A row holds one sample or several (`segment` tells them apart); inside a sample tokens stand in column-major order, that
 is sorted by `(column, branch)`.
 
@@ -14,6 +24,7 @@ An end-of-sequence token is a target and never an input: a branch that has ended
 training exactly as in decoding.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple
@@ -54,20 +65,34 @@ class Sample:
 
 @dataclass(frozen=True)
 class Branch:
-    """One branch as token ids. `end` is the token that closes the answer (a target only); None: the text goes on."""
+    """One branch, or a join, as token ids. `end` closes the answer (a target only); None: the text goes on."""
 
     prompt: Sequence[int]
     answer: Sequence[int] = ()
     end: int | None = None
 
 
+Turn = Branch | Sequence[Branch]  # a join, which is the trunk's, or a fork
+
+
+def members(turn: Turn) -> Sequence[Branch]:
+    """The branches of a fork; a join alone."""
+    return [turn] if isinstance(turn, Branch) else turn
+
+
 @dataclass(frozen=True)
 class TokenSample:
-    """A background and its branches as token ids."""
+    """A background and its branches as token ids, and what follows them."""
 
     background: Sequence[int]
     branches: Sequence[Branch]
     visibility: Visibility | None = None  # None: that of the rows it is laid out in, of the decoder or of the training
+    later: Sequence[Turn] = ()  # behind the branches, each in the columns behind the one before
+
+    @property
+    def turns(self) -> list[Turn]:
+        """The branches and what follows them."""
+        return [self.branches, *self.later]
 
     @property
     def prompt_columns(self) -> int:
@@ -75,7 +100,7 @@ class TokenSample:
         return max((len(b.prompt) for b in self.branches), default=0)
 
     def __len__(self) -> int:
-        return len(self.background) + sum(len(b.prompt) + len(b.answer) for b in self.branches)
+        return len(self.background) + sum(len(t.prompt) + len(t.answer) for turn in self.turns for t in members(turn))
 
 
 @dataclass(frozen=True)
@@ -86,11 +111,11 @@ class Layout:
     """
 
     tokens: np.ndarray  # int32
-    branch: np.ndarray  # int32; 0 is the background
+    branch: np.ndarray  # int32; 0 is the trunk: the background and the joins
     column: np.ndarray  # int32
     segment: np.ndarray  # int32, the sample's number in its row; -1 for PAD
     valid: np.ndarray  # bool; False for PAD
-    prompt: np.ndarray  # bool; part of a branch's prompt
+    prompt: np.ndarray  # bool; part of a prompt, a branch's or a join's
     visibility: np.ndarray = field(
         repr=False
     )  # int32, the place of the sample's own in `config.VISIBILITIES`; -1: none
@@ -118,48 +143,71 @@ class _Tokens(NamedTuple):
     weights: np.ndarray
 
 
+class Placed(NamedTuple):
+    """A text of a sample and where it stands."""
+
+    branch: int
+    text: Branch
+    first: int  # the column where its prompt begins
+    answer: int  # the column where its answer begins
+
+    def end(self) -> int:
+        """The column behind its last token."""
+        return self.answer + len(self.text.answer) if self.text.answer else self.first + len(self.text.prompt)
+
+
+def place_texts(sample: TokenSample, align: Align) -> list[list[Placed]]:
+    """The background (as a prompt), and the texts of every turn."""
+    column, count = len(sample.background), 0
+    turns = [[Placed(0, Branch(sample.background), 0, column)]]
+    for turn in sample.turns:
+        texts, number = ([turn], 0) if isinstance(turn, Branch) else (turn, count + 1)
+        width = max((len(text.prompt) for text in texts), default=0)
+        placed = []
+        for branch, text in enumerate(texts, start=number):
+            length = len(text.prompt)
+            first = column + (width - length if align == "right" else 0)
+            placed.append(Placed(branch, text, first, column + (length if align == "ragged" else width)))
+        turns.append(placed)
+        count = max((p.branch for p in placed), default=0) or count
+        column = max((p.end() for p in placed), default=column)
+    return turns
+
+
 def answer_columns(sample: TokenSample, align: Align = "left") -> np.ndarray:
-    """The column of every branch's first answer token, int32 [B]."""
-    n = len(sample.background)
-    if align == "ragged":
-        return np.array([n + len(b.prompt) for b in sample.branches], np.int32)
-    return np.full(len(sample.branches), n + sample.prompt_columns, np.int32)
+    """The columns where the answers of the last turn begin, int32 [B]; [1] for a join."""
+    return np.array([placed.answer for placed in place_texts(sample, align)[-1]], np.int32)
 
 
-def _branch_arrays(number: int, first: int, prompt: int, ids: Sequence[int], end: int | None, gap: int) -> _Tokens:
-    """A run of tokens of one branch: `prompt` prompt tokens from column `first`, the rest `gap` columns later."""
-    tokens = np.asarray(ids, np.int32)
-    n = len(tokens)
+def _text_arrays(placed: Placed, end: int | None, objective: Objective) -> _Tokens:
+    """The tokens of a text; `end` is the target of the last one, if it has one."""
+    length, ids = len(placed.text.prompt), [*placed.text.prompt, *placed.text.answer]
+    n = len(ids)
     index = np.arange(n)
-    after = np.append(tokens[1:], -1 if end is None else end).astype(np.int32)[:n]
+    after = np.array([*ids[1:], -1 if end is None else end], np.int32)[:n]
+    # A weight belongs to a token's target: the last prompt token carries the first answer token.
+    asked = index >= (length - 1 if objective == "answers" else 0)
     return _Tokens(
-        tokens=tokens,
-        branch=np.full(n, number, np.int32),
-        column=(first + index + gap * (index >= prompt)).astype(np.int32),
-        prompt=index < prompt,
+        tokens=np.array(ids, np.int32),
+        branch=np.full(n, placed.branch, np.int32),
+        column=(index + np.where(index < length, placed.first, placed.answer - length)).astype(np.int32),
+        prompt=index < length,
         targets=np.maximum(after, 0),
-        weights=(after >= 0).astype(np.float32),
+        weights=(asked & (after >= 0)).astype(np.float32),
     )
 
 
 def _sample_row(sample: TokenSample, align: Align, objective: Objective) -> _Tokens:
     """All tokens of one sample in column-major order."""
-    n, width = len(sample.background), sample.prompt_columns
-    parts = [_branch_arrays(0, 0, 0, sample.background, None, 0)]
-    for number, branch in enumerate(sample.branches, start=1):
-        length = len(branch.prompt)
-        slack = 0 if align == "ragged" else width - length
-        first = n + slack if align == "right" else n
-        gap = slack if align == "left" else 0
-        parts.append(_branch_arrays(number, first, length, [*branch.prompt, *branch.answer], branch.end, gap))
+    placed = list(itertools.chain(*place_texts(sample, align)))
+    ends = [p.text.end for p in placed]
+    trunk = [i for i, p in enumerate(placed) if p.branch == 0]
+    for i, j in itertools.pairwise(trunk):  # what a join answers without a prompt is said behind the trunk's last token
+        if ends[i] is None and not placed[j].text.prompt:
+            ends[i] = next(iter(placed[j].text.answer), None)
+    parts = [_text_arrays(p, end, objective) for p, end in zip(placed, ends, strict=True)]
+    parts[0].prompt[:] = False
     row = _Tokens(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-    if objective == "answers":
-        # A weight belongs to a token's target: the last prompt token carries the branch's first answer token.
-        asked = np.concatenate(
-            [np.zeros(n, bool)]
-            + [np.arange(len(b.prompt) + len(b.answer)) >= len(b.prompt) - 1 for b in sample.branches]
-        )
-        row = row._replace(weights=row.weights * asked)
     order = np.lexsort((row.branch, row.column))
     return _Tokens(*(array[order] for array in row))
 
@@ -208,8 +256,8 @@ def build_layout(
 
 
 def unanswered(sample: TokenSample) -> TokenSample:
-    """The prompts alone, as decoding takes them."""
-    return replace(sample, branches=[Branch(branch.prompt) for branch in sample.branches])
+    """The prompts alone, as decoding takes them: those of the branches, and nothing later."""
+    return replace(sample, branches=[Branch(branch.prompt) for branch in sample.branches], later=())
 
 
 def fit(sample: TokenSample, length: int) -> TokenSample | None:

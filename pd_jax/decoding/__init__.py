@@ -6,6 +6,7 @@ from pd_jax.decoding.prompts import Prompt as Prompt
 from pd_jax.decoding.sampling import Method as Method, SamplingParams as SamplingParams
 from pd_jax.decoding.steps import (
     BLOCK as BLOCK,
+    Cache as Cache,
     Program as Program,
     State as State,
     cache_bytes as cache_bytes,

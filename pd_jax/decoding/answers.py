@@ -1,6 +1,6 @@
 """What decoding gives back: the answer of a branch, the result of a sample, the event of a column."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,7 +53,7 @@ class Transcript:
         self._shown = 0  # characters
         self.ids: list[int] = []
         self.columns = 0
-        self.finish_reason: FinishReason | None = None
+        self.finish_reason: FinishReason | None = None if limit else "length"
 
     def push(self, token: int, column: int) -> None:
         self.columns = column + 1
@@ -84,3 +84,19 @@ class Transcript:
     def result(self) -> BranchResult:
         assert self.finish_reason is not None
         return BranchResult(self.text(), tuple(self.ids), self.finish_reason)
+
+
+def result_of(branches: Sequence[Transcript], prefill_tokens: int) -> Result:
+    """Of a sample whose branches have ended."""
+    return Result(tuple(t.result() for t in branches), max(t.columns for t in branches), prefill_tokens)
+
+
+def events(steps: Iterable[tuple[Columns, list[Transcript]]]) -> Iterator[Event]:
+    """What there is to show of one sample, from its single columns and what its branches have said by then."""
+    said: list[int] = []
+    for columns, branches in steps:
+        said = said or [0] * len(branches)
+        tokens = tuple(t.ids[-1] if len(t.ids) > n else None for t, n in zip(branches, said, strict=True))
+        said = [len(t.ids) for t in branches]
+        texts, reasons = tuple(t.news() for t in branches), tuple(t.finish_reason for t in branches)
+        yield Event(columns.first, tokens, texts, reasons)

@@ -5,9 +5,10 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +30,15 @@ from pd_jax.config import (
     check_choice,
 )
 from pd_jax.data.text import check_ids, tokenise_samples
-from pd_jax.decoding.answers import Columns, Event, Result, Transcript
+from pd_jax.decoding.answers import Columns, Event, Result, Transcript, events, result_of
 from pd_jax.decoding.prompts import SMALLEST_ROW, Prompt, branch_limits, make_prompt, row_visibility
 from pd_jax.decoding.sampling import Method, SamplingOptions, SamplingParams
+from pd_jax.decoding.session import ROOM, Session
 from pd_jax.decoding.steps import (
     BLOCK,
     BROKEN,
     Program,
+    State,
     cache_bytes,
     decode_block,
     enlarge,
@@ -52,6 +55,14 @@ from pd_jax.mesh import check_model, decoding_shardings, param_shardings
 from pd_jax.params import Params
 
 log = logging.getLogger(__name__)
+
+
+class Step(NamedTuple):
+    """A call between two blocks of columns."""
+
+    columns: Columns  # the newest
+    transcripts: list[list[Transcript]]  # of every branch of every sample; always the same ones, which grow
+    state: State
 
 
 def _check_settings(dtype: str, visibility: str | None, align: str | None) -> None:
@@ -180,12 +191,9 @@ class ParallelDecoder:
         """
         asked = self._tokenise(samples)
         transcripts: list[list[Transcript]] = []
-        for _, transcripts in self._run(asked, SamplingParams.of(params, options), BLOCK):  # noqa: B007, the last counts
+        for _, transcripts, _ in self._run(asked, SamplingParams.of(params, options), BLOCK):  # noqa: B007, the last counts
             pass
-        return [
-            Result(tuple(t.result() for t in branches), max(t.columns for t in branches), len(sample))
-            for sample, branches in zip(asked, transcripts, strict=True)
-        ]
+        return [result_of(branches, len(sample)) for sample, branches in zip(asked, transcripts, strict=True)]
 
     def columns(
         self,
@@ -197,20 +205,30 @@ class ParallelDecoder:
     ) -> Iterator[Columns]:
         """Answer all branches of all samples as `generate` does, and give their token ids as they come: the first
         column by itself, then up to `every` (at most BLOCK) at once."""
-        for columns, _ in self._run(self._tokenise(samples), SamplingParams.of(params, options), every):
-            yield columns
+        for step in self._run(self._tokenise(samples), SamplingParams.of(params, options), every):
+            yield step.columns
 
     def stream(
         self, sample: Sample | TokenSample, *, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
     ) -> Iterator[Event]:
         """Answer one sample, column by column, with the arguments, the steps and the answers of `generate`."""
-        asked, samples = SamplingParams.of(params, options), self._tokenise([sample])
-        said = [0] * len(samples[0].branches)
-        for columns, (branches,) in self._run(samples, asked, 1):
-            tokens = tuple(t.ids[-1] if len(t.ids) > n else None for t, n in zip(branches, said, strict=True))
-            said = [len(t.ids) for t in branches]
-            texts, reasons = tuple(t.news() for t in branches), tuple(t.finish_reason for t in branches)
-            yield Event(columns.first, tokens, texts, reasons)
+        steps = self._run(self._tokenise([sample]), SamplingParams.of(params, options), 1)
+        yield from events((columns, branches) for columns, (branches,), _ in steps)
+
+    def session(
+        self,
+        background: str | Sequence[int],
+        *,
+        visibility: Visibility | None = None,
+        chat_markup: bool = False,
+        room: int = ROOM,
+    ) -> Session:
+        """Read a text or token ids once, to be asked about again and again: see `Session`.
+
+        visibility: as a sample's own. chat_markup: as in `Sample`, of everything that the session is told. room: tokens
+        for which the cache has place behind the background before it must grow, which compiles again.
+        """
+        return Session(self, background, visibility or self.visibility, chat_markup, room)
 
     def layout(self, samples: Sequence[Sample | TokenSample]) -> Layout:
         """The prompts (and the answers of a `TokenSample`) as rows, one sample a row."""
@@ -262,20 +280,35 @@ class ParallelDecoder:
         width = ((0, 0), (0, bucket(shape[1], SMALLEST_ROW) - shape[1]))
         arrays = {name: np.pad(array, width) for name, array in arrays.items()}
         program = Program(self.config, visibility, Method())
-        with self._on_mesh():
+        with self.on_mesh():
             return np.asarray(run(self.weights, arrays["tokens"], Coordinates.of(arrays, visibility), program=program))
 
-    def _on_mesh(self) -> AbstractContextManager:
+    def on_mesh(self) -> AbstractContextManager:
         """Programs are compiled for the mesh; entered for every call alone, a generator would leak it to its user."""
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _tokenise(self, samples: Sequence[Sample | TokenSample]) -> list[TokenSample]:
         return tokenise_samples(samples, self.tokenizer, self.config.vocab_size)
 
-    def _check(self, samples: Sequence[TokenSample], prompt: Prompt) -> None:
-        """Refuse what cannot be decoded, before anything compiles."""
-        if any(len(branch.answer) for sample in samples for branch in sample.branches):
+    def _run(self, samples: Sequence[TokenSample], params: SamplingParams, every: int) -> Iterator[Step]:
+        """Answer the branches of all samples, from one prefill of all their texts."""
+        if any(sample.later or any(len(branch.answer) for branch in sample.branches) for sample in samples):
             raise InputError("a branch has an answer already; decoding starts behind the prompts: leave answers out")
+        limits = branch_limits(samples, params.max_new_tokens)
+        prompt = make_prompt(samples, limits, self.align, self.visibility)
+        (s, t), n = prompt.tokens.shape, prompt.last.shape[1]
+        most = t + n * bucket(int(prompt.limit.max()), BLOCK)
+        self.check(prompt, s, most)
+
+        def begin(*arrays: Any, program: Program) -> tuple[State, Array]:
+            return prefill(*arrays, prompt, program=program, room=BLOCK)
+
+        visibility = row_visibility(samples, self.visibility)
+        larger = lambda size: min(4 * size - 3 * t, most)  # noqa: E731
+        yield from self.decode(begin, prompt, limits, params, visibility, every, larger)
+
+    def check(self, prompt: Prompt, samples: int, slots: int) -> None:
+        """Raise `InputError` for what cannot be decoded with a cache of so many slots, before anything compiles."""
         check_ids(self.eos_ids, self.config.vocab_size, "eos_ids")
         longest, most = int((prompt.first + prompt.limit).max()), self.config.most_columns
         if longest > most:
@@ -283,12 +316,10 @@ class ParallelDecoder:
                 f"background, prompts and max_new_tokens take {longest} columns, the model has "
                 f"max_position_embeddings {most}; shorten the background or lower max_new_tokens"
             )
-        (s, t), n = prompt.tokens.shape, prompt.last.shape[1]
-        columns = bucket(int(prompt.limit.max()), BLOCK)
         devices = self.weights["embed"].devices()
-        needed = cache_bytes(self.config, samples=s, tokens=t, branches=n, columns=columns, dtype=self.dtype)
+        needed = cache_bytes(self.config, samples=samples, tokens=slots, branches=0, columns=0, dtype=self.dtype)
         needed //= len(devices)
-        log.info("cache of %d rows x (%d tokens + %d columns x %d): %.1f MiB", s, t, columns, n, needed / 2**20)
+        log.info("cache of %d rows x %d slots: %.1f MiB", samples, slots, needed / 2**20)
         free = _free_bytes(next(iter(devices)))
         if needed > free:
             raise InputError(
@@ -296,31 +327,35 @@ class ParallelDecoder:
                 "samples at a time, shorten the background or lower max_new_tokens"
             )
 
-    def _run(
-        self, samples: Sequence[TokenSample], params: SamplingParams, every: int
-    ) -> Iterator[tuple[Columns, list[list[Transcript]]]]:
-        """Decode: the first column, then up to `every` (at most BLOCK) at once, and what every branch has said so far
-        (the same transcripts each time, which grow)."""
+    def decode(
+        self,
+        begin: Callable[..., tuple[State, Array]],
+        prompt: Prompt,
+        limits: Sequence[Sequence[int]],
+        params: SamplingParams,
+        visibility: RowVisibility,
+        every: int,
+        larger: Callable[[int], int],
+    ) -> Iterator[Step]:
+        """Begin by `prefill` or `extend`, then decode up to `every` columns (at most BLOCK) at once. `larger` says of
+        the slots of a cache that is full how many it gets."""
         if not 1 <= check_whole(every, "every") <= BLOCK:
             raise InputError(f"every is {every}; it must be 1 to {BLOCK} columns")
-        limits = branch_limits(samples, params.max_new_tokens)
-        prompt = make_prompt(samples, limits, self.align, self.visibility)
-        self._check(samples, prompt)
         # A branch must end in the column in which its stop string does: its siblings would see what comes after.
         every = 1 if params.stop else every
-        program = Program(self.config, row_visibility(samples, self.visibility), params.method())
-        controls = params.controls(self.eos_ids, self._allowed, len(samples), len(prompt.tokens))
+        program = Program(self.config, visibility, params.method())
+        controls = params.controls(self.eos_ids, self._allowed, len(limits), len(prompt.tokens))
         decode = partial(self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         transcripts = [[Transcript(decode, self.eos_ids, limit, params.stop) for limit in row] for row in limits]
-        slots, branches, room = prompt.tokens.shape[1], prompt.last.shape[1], BLOCK
-        with self._on_mesh():
-            state, token = prefill(self.weights, controls, prompt, program=program, room=room)
+        with self.on_mesh():
+            state, token = begin(self.weights, controls, program=program)
         columns = np.asarray(token)[None]
         for r, b in np.argwhere(columns[0] == BROKEN):
             raise InputError(
                 f"sample {r}, branch {b}: the logits behind its prompt are NaN or infinite; the weights or the adapter "
                 f"are damaged, or dtype {self.dtype} is too narrow for them"
             )
+        start, width, branches = int(state.cache.slot), int(state.cache.width), prompt.last.shape[1]
         count = 0  # columns chosen; all but the last have been fed
         while True:
             for column, chosen in enumerate(columns, start=count):
@@ -328,18 +363,17 @@ class ParallelDecoder:
                     for b, transcript in enumerate(row):
                         if chosen[r, b] >= 0:
                             transcript.push(int(chosen[r, b]), column)
-            yield Columns(count, columns), transcripts
+            yield Step(Columns(count, columns), transcripts, state)
             count += len(columns)
             ended = np.ones(prompt.last.shape, bool)
             for r, row in enumerate(transcripts):
                 ended[r, : len(row)] = [t.finish_reason is not None for t in row]
             if ended.all():
                 return
-            if count > room:
-                room = bucket(min(4 * room, int(prompt.limit[~ended].max()) - 1), BLOCK)
-                with self._on_mesh():
-                    state = enlarge(state, slots + room * branches)
-            until = min(count + every, room + 1)
-            with self._on_mesh():
+            if start + (count - 1) * width + branches > (size := state.cache.size):
+                with self.on_mesh():
+                    state = replace(state, cache=enlarge(state.cache, larger(size)))
+            until = min(count + every, (state.cache.size - branches - start) // width + 2)  # what can be fed, and one
+            with self.on_mesh():
                 state, block = decode_block(self.weights, controls, state, ended, np.int32(until), program=program)
             columns = np.asarray(block)[: until - count]

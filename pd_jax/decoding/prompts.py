@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from pd_jax.columns import Coordinates
 from pd_jax.config import MIX, Align, RowVisibility, Visibility
 from pd_jax.errors import InputError, check_whole
-from pd_jax.layout import Branch, TokenSample, answer_columns, bucket, build_layout
+from pd_jax.layout import Branch, TokenSample, bucket, build_layout, members, place_texts
 
 SMALLEST_ROW = 32  # tokens; the smallest bucket of a prefill
 
@@ -19,6 +20,7 @@ class Prompt(NamedTuple):
 
     tokens: Any  # int32 [S, T]
     coordinates: Coordinates  # [S, T]
+    branch: Any  # int32 [S, n], the branches' numbers; 0 for a join
     last: Any  # int32 [S, n], the place of the branch's last token in its row
     first: Any  # int32 [S, n], the column after that
     forced: Any  # int32 [S, n, W], prompt tokens fed column by column because a sibling already answers there
@@ -27,60 +29,71 @@ class Prompt(NamedTuple):
     stream: Any  # uint32 [S, n], beside the seed, what random numbers depend on
 
 
-def branch_limits(samples: Sequence[TokenSample], asked: int | Sequence[Sequence[int]]) -> list[list[int]]:
-    """max_new_tokens of every branch."""
-    counts = [len(sample.branches) for sample in samples]
+def branch_limits(
+    samples: Sequence[TokenSample], asked: int | Sequence[Sequence[int]], least: int = 1
+) -> list[list[int]]:
+    """max_new_tokens of every branch of the last turns, each `least` or more."""
+    counts = [len(members(sample.turns[-1])) for sample in samples]
     nested = asked if isinstance(asked, Sequence | np.ndarray) else [[asked] * n for n in counts]
     rows = [row if isinstance(row, Sequence | np.ndarray) else [row] for row in nested]
-    limits = [[check_whole(limit, "max_new_tokens", "a whole number, 1 or more") for limit in row] for row in rows]
+    limits = [
+        [check_whole(limit, "max_new_tokens", f"a whole number, {least} or more") for limit in row] for row in rows
+    ]
     if [len(row) for row in limits] != counts:
         raise InputError(
             f"max_new_tokens is for {[len(row) for row in limits]} branches, the samples have {counts}; "
             "pass one number, or one per branch of every sample"
         )
-    wrong = [limit for row in limits for limit in row if not 1 <= limit < 2**30]
+    wrong = [limit for row in limits for limit in row if not least <= limit < 2**30]
     if wrong:
-        raise InputError(f"max_new_tokens is {wrong[0]}; it must be 1 or more, and fit into max_position_embeddings")
+        raise InputError(
+            f"max_new_tokens is {wrong[0]}; it must be {least} or more, and fit into max_position_embeddings"
+        )
     return limits
 
 
 def make_prompt(
     samples: Sequence[TokenSample], limits: Sequence[Sequence[int]], align: Align, visibility: Visibility
 ) -> Prompt:
-    """Rows, rounded up to buckets in every axis: rows without tokens and branches without tokens are never seen.
+    """Rows that ask for the last turn of every sample, rounded up to buckets in every axis: rows without tokens and
+    branches without tokens are never seen.
 
     `visibility` is that of the samples that have none of their own.
     """
-    s, n = bucket(len(samples)), bucket(max(len(sample.branches) for sample in samples))
+    turns = [members(sample.turns[-1]) for sample in samples]
+    s, n = bucket(len(samples)), bucket(max(map(len, turns)))
     rows: list[list[TokenSample]] = [[] for _ in range(s)]
     forced: dict[tuple[int, int], Sequence[int]] = {}
     stream = np.zeros((s, n), np.uint32)
-    for r, sample in enumerate(samples):
+    first, forced_count, limit, last = (np.zeros((s, n), np.int32) for _ in range(4))
+    branch = np.tile(np.arange(1, n + 1, dtype=np.int32), (s, 1))
+    for r, (sample, turn) in enumerate(zip(samples, turns, strict=True)):
+        row = replace(sample, visibility=sample.visibility or visibility)
         # A prompt cannot be prefilled where it reaches into columns in which a sibling that it sees answers already.
-        cut = align == "ragged" and (sample.visibility or visibility) == "columns"
-        shortest = min(len(branch.prompt) for branch in sample.branches) if cut else None
-        prompts = [Branch(branch.prompt[:shortest]) for branch in sample.branches]
-        rows[r] = [TokenSample(sample.background, prompts, sample.visibility or visibility)]
-        if cut:
-            forced |= {(r, b): branch.prompt[shortest:] for b, branch in enumerate(sample.branches)}
-        background = _crc(sample.background)  # nothing of the siblings, the batch or its order
-        stream[r, : len(sample.branches)] = [
-            _crc((background, _crc(x.prompt), b)) for b, x in enumerate(sample.branches)
-        ]
+        if align == "ragged" and row.visibility == "columns" and len(turn) > 1:
+            shortest = min(len(text.prompt) for text in turn)
+            forced |= {(r, b): text.prompt[shortest:] for b, text in enumerate(turn)}
+            cut = [Branch(text.prompt[:shortest]) for text in turn]
+            row = replace(row, later=[*row.later[:-1], cut]) if row.later else replace(row, branches=cut)
+        rows[r] = [row]
+        places = place_texts(row, align)[-1]
+        branch[r] += places[0].branch - 1
+        first[r, : len(turn)] = [place.answer for place in places]
+        limit[r, : len(turn)] = limits[r]
+        # Nothing of the siblings, the batch or its order. A join's draws depend on how many turns are before it.
+        background, turned = _crc(sample.background), branch[r] - 1 if branch[r, 0] else [len(sample.later) << 16]
+        stream[r, : len(turn)] = [_crc((background, _crc(x.prompt), b)) for b, x in zip(turned, turn, strict=False)]
     layout = build_layout(rows, bucket(max(len(row[0]) for row in rows if row), SMALLEST_ROW), align)
-    last, first, forced_count, limit = (np.zeros((s, n), np.int32) for _ in range(4))
-    for r, row in enumerate(rows[: len(samples)]):
-        place = np.flatnonzero(layout.branch[r])
-        np.maximum.at(last[r], layout.branch[r, place] - 1, place)
-        first[r, : len(limits[r])] = answer_columns(row[0], align)
-        limit[r, : len(limits[r])] = limits[r]
+    for r, numbers in enumerate(branch):
+        here = np.where(layout.valid[r], layout.branch[r], -1)
+        last[r] = [np.flatnonzero(here == number).max(initial=0) for number in numbers]
     longest = max(map(len, forced.values()), default=0)
     tokens = np.zeros((s, n, bucket(longest, SMALLEST_ROW) if longest else 0), np.int32)
     for place, ids in forced.items():
         tokens[place][: len(ids)] = ids
         forced_count[place] = len(ids)
     coordinates = Coordinates.of(layout, row_visibility(samples, visibility))
-    return Prompt(layout.tokens, coordinates, last, first, tokens, forced_count, limit + forced_count, stream)
+    return Prompt(layout.tokens, coordinates, branch, last, first, tokens, forced_count, limit + forced_count, stream)
 
 
 def row_visibility(samples: Sequence[TokenSample], visibility: Visibility) -> RowVisibility:

@@ -16,10 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
-from pd_jax.attention import make_attention
+from pd_jax.attention import make_attention, sibling_scores
 from pd_jax.columns import Coordinates, column_mask, rope_tables, sibling_mask
 from pd_jax.config import ModelConfig, RowVisibility
 from pd_jax.cpu import attend_from_the_left, cache_stands_left, times
@@ -32,6 +33,7 @@ from pd_jax.sight import watching
 
 BROKEN = -2  # in the place of a token
 BLOCK = 32  # columns decoded per jitted call; also the first cache size, in columns
+PIECE = 256  # tokens that are read at once against a cache; the scores of all its slots are in memory
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,31 @@ class Program:
 
 
 @struct.dataclass
-class State:
-    """Decoding between two columns: S samples, n branches, C cache slots."""
+class Cache:
+    """What tokens have left for those after them: C slots of S samples."""
 
-    cache: list[tuple[Array, Array]]  # k and v of every layer, each [K*S, C, H]
+    layers: list[tuple[Array, Array]]  # k and v of every layer, each [K*S, C, H]
     coordinates: Coordinates  # [S, C], of the slots
     slot: Array  # int32 scalar, the first free slot
+    width: Array  # int32 scalar, slots that a column takes
+
+    @property
+    def size(self) -> int:
+        """C"""
+        return self.coordinates.valid.shape[1]
+
+
+@struct.dataclass
+class State:
+    """Decoding between two columns: S samples, n branches."""
+
+    cache: Cache
     count: Array  # int32 scalar, columns chosen so far
     token: Array  # int32 [S, n], chosen last and not fed yet
     live: Array  # bool [S, n], there is such a token
     done: Array  # bool [S, n], no more will be chosen
-    first: Array  # int32 [S, n], this and the next three as in `Prompt`
+    branch: Array  # int32 [S, n], this and the next four as in `Prompt`
+    first: Array  # int32 [S, n]
     forced: Array  # int32 [S, n, W]
     forced_count: Array  # int32 [S, n]
     limit: Array  # int32 [S, n]
@@ -96,7 +112,7 @@ def _logits(weights: Params, hidden: Array) -> Array:
     return times(hidden, head(weights).astype(hidden.dtype), jnp.float32)
 
 
-# --- one forward: of whole rows, of one column
+# --- one forward: of whole rows, of tokens behind a cache, of one column
 def _heads_first(array: Array) -> Array:
     """New k or v [S, T, K, H] in the cache's order, [K*S, T, H]: one axis of heads and samples, the heads outside.
 
@@ -140,8 +156,8 @@ def cached_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | No
 def encode(
     weights: Params, program: Program, tokens: Array, coordinates: Coordinates, attend: Any = None
 ) -> tuple[Array, list[tuple[Array, Array]]]:
-    """Whole rows at once, with the training attention unless another is given: hidden states [S, T, D], and k and v
-    [S, T, K, H] of every layer."""
+    """Tokens [S, T] at once, as rows with the training attention unless another is given: hidden states [S, T, D], and
+    k and v [S, T, K, H] of every layer."""
     config = program.config
     rope = rope_tables(config, coordinates.branch, coordinates.column)
     attend = make_attention(coordinates, program.visibility) if attend is None else attend
@@ -164,48 +180,45 @@ def encode(
     return rms_norm(x, weights["norm"], config.rms_norm_eps), kept
 
 
+def read(weights: Params, program: Program, tokens: Array, here: Coordinates, cache: Cache) -> tuple[Cache, Array]:
+    """Tokens [S, T] with coordinates `here` behind what a cache holds: the cache with them in the slots from its first
+    free one on (which is left as it is), and hidden states [S, T, D]."""
+    coordinates = jax.tree.map(
+        lambda all_, new: jax.lax.dynamic_update_slice(all_, new, (0, cache.slot)), cache.coordinates, here
+    )
+    mask = column_mask(here, coordinates, program.visibility, cache.slot + jnp.arange(tokens.shape[1]))
+    siblings = sibling_mask(here, coordinates)
+    old, layers = iter(cache.layers), []
+
+    def attend(q: Array, k: Array, v: Array, sibling_bias: Array | None = None) -> Array:
+        # Written first, attended then: the other way round XLA copies the cache.
+        k, v = (
+            _over_heads(jax.lax.dynamic_update_slice(past, _heads_first(new), (0, cache.slot, 0)))
+            for past, new in zip(next(old), (k, v), strict=True)
+        )
+        layers.append((k, v))
+        bias = None if sibling_bias is None else sibling_scores(siblings, sibling_bias)
+        return cached_attention(q, k, v, mask, bias)
+
+    hidden, _ = encode(weights, program, tokens, here, attend)
+    return dataclasses.replace(cache, layers=layers, coordinates=coordinates), hidden
+
+
 def feed(weights: Params, program: Program, state: State) -> tuple[State, Array]:
     """One column: feed `state.token` where `state.live`; float32 logits [S, n, V] for the tokens after it."""
-    config = program.config
-    s, n = state.token.shape
     # A dead branch is fed too, for its static place; its slot is invalid, so it sees itself and nobody sees it.
-    kind = state.coordinates.visibility  # of a mix: every slot of a row has that of its sample
+    kind = state.cache.coordinates.visibility  # of a mix: every slot of a row has that of its sample
     here = Coordinates(
-        branch=jnp.broadcast_to(jnp.arange(1, n + 1, dtype=jnp.int32), (s, n)),
+        branch=state.branch,
         column=state.first + state.count - 1,
-        segment=jnp.zeros((s, n), jnp.int32),
+        segment=jnp.zeros_like(state.token),
         valid=state.live,
-        prompt=jnp.zeros((s, n), bool),
-        visibility=None if kind is None else jnp.broadcast_to(kind[:, :1], (s, n)),
+        prompt=jnp.zeros_like(state.live),
+        visibility=None if kind is None else jnp.broadcast_to(kind[:, :1], state.token.shape),
     )
-    coordinates = jax.tree.map(
-        lambda all_, new: jax.lax.dynamic_update_slice(all_, new, (0, state.slot)), state.coordinates, here
-    )
-    mask = column_mask(here, coordinates, program.visibility, state.slot + jnp.arange(n))
-    siblings = sibling_mask(here, coordinates)
-    rope = rope_tables(config, here.branch, here.column)
-    cache: list[tuple[Array, Array]] = []
-    x = weights["embed"][state.token]
-    for layer, old in zip(weights["layers"], state.cache, strict=True):
-
-        def attend(q: Array, k: Array, v: Array, sibling_bias: Array | None = None, old=old) -> Array:
-            # Written first, attended then: the other way round XLA copies the cache.
-            k, v = (
-                _over_heads(jax.lax.dynamic_update_slice(past, _heads_first(new), (0, state.slot, 0)))
-                for past, new in zip(old, (k, v), strict=True)
-            )
-            cache.append((k, v))
-            bias = None
-            if sibling_bias is not None:  # not a product: -inf hides siblings and is no number times 0
-                bias = jnp.where(siblings[:, None], sibling_bias[:, None, None], 0.0)
-            return cached_attention(q, k, v, mask, bias)
-
-        x = block(
-            config, layer, x, rope=rope, attend=attend, linear=partial(_linear, layer=layer, head_dim=config.head_dim)
-        )
-    hidden = rms_norm(x, weights["norm"], config.rms_norm_eps)
-    state = dataclasses.replace(state, cache=cache, coordinates=coordinates, slot=state.slot + n)
-    return state, _logits(weights, hidden)
+    cache, hidden = read(weights, program, state.token, here, state.cache)
+    cache = dataclasses.replace(cache, slot=cache.slot + cache.width)
+    return dataclasses.replace(state, cache=cache), _logits(weights, hidden)
 
 
 # --- the loop
@@ -241,32 +254,31 @@ def _grow(array: Array, size: int, axis: int) -> Array:
     return jnp.pad(array, [(0, size - n if a == axis else 0) for a, n in enumerate(array.shape)])
 
 
-def start(weights: Params, program: Program, prompt: Prompt, seed: Array, room: int) -> tuple[State, Array]:
-    """Run the rows once, into a cache with room for `room` columns; the logits [S, n, V] at their last tokens."""
-    config = program.config
-    (s, t), n = prompt.tokens.shape, prompt.last.shape[1]
-    hidden, kept = encode(weights, program, prompt.tokens, prompt.coordinates)
-    where, slots = prompt.coordinates, t + n * room
+def begin(
+    weights: Params, program: Program, controls: Controls, prompt: Prompt, hidden: Array, cache: Cache
+) -> tuple[State, Array]:
+    """The state behind a prompt with hidden states [S, T, D], and the logits [S, n, V] at its last tokens."""
+    where, (s, n) = prompt.coordinates, prompt.last.shape
     seen = None
     if program.method.penalise:
-        own = where.valid & where.prompt
-        place = jnp.arange(s)[:, None], jnp.maximum(where.branch - 1, 0), prompt.tokens
-        seen = jnp.zeros((s, n, config.vocab_size), bool).at[place].max(own)
+        row = where.branch - prompt.branch[:, :1]  # below 0 and from n on are other turns' tokens, and the background
+        own = where.valid & where.prompt & (row >= 0)
+        place = jnp.arange(s)[:, None], jnp.maximum(row, 0), prompt.tokens
+        seen = jnp.zeros((s, n, program.config.vocab_size), bool).at[place].max(own)
 
     key = None
     if program.method.do_sample:
         # Named: under vmap, other generators draw otherwise than one by one, and a branch's stream must be its own.
-        keys = jax.vmap(partial(jax.random.key, impl="threefry2x32"))(seed)
+        keys = jax.vmap(partial(jax.random.key, impl="threefry2x32"))(controls.seed)
         key = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, prompt.stream)
 
     state = State(
-        cache=jax.tree.map(lambda array: _over_heads(_grow(_heads_first(array), slots, 1)), kept),
-        coordinates=jax.tree.map(lambda array: _grow(array, slots, 1), where),
-        slot=jnp.int32(t),
+        cache=cache,
         count=jnp.int32(0),
         token=jnp.zeros((s, n), jnp.int32),
         live=jnp.zeros((s, n), bool),
         done=prompt.limit == 0,
+        branch=prompt.branch,
         first=prompt.first,
         forced=prompt.forced,
         forced_count=prompt.forced_count,
@@ -278,12 +290,53 @@ def start(weights: Params, program: Program, prompt: Prompt, seed: Array, room: 
     return state, _logits(weights, ends)
 
 
+def start(weights: Params, program: Program, controls: Controls, prompt: Prompt, room: int) -> tuple[State, Array]:
+    """Run the rows once, into a cache with room for `room` columns; the logits [S, n, V] at their last tokens."""
+    t, n = prompt.tokens.shape[1], prompt.last.shape[1]
+    hidden, kept = encode(weights, program, prompt.tokens, prompt.coordinates)
+    layers = jax.tree.map(lambda array: _over_heads(_grow(_heads_first(array), t + n * room, 1)), kept)
+    coordinates = jax.tree.map(lambda array: _grow(array, t + n * room, 1), prompt.coordinates)
+    return begin(weights, program, controls, prompt, hidden, Cache(layers, coordinates, jnp.int32(t), jnp.int32(n)))
+
+
+def go_on(weights: Params, program: Program, controls: Controls, prompt: Prompt, cache: Cache) -> tuple[State, Array]:
+    """As `start`, behind what a cache holds in the slots before its first free one; the others are forgotten. The
+    prompt is read in pieces of PIECE tokens, and its PAD takes no slots."""
+    (s, t), where = prompt.tokens.shape, prompt.coordinates
+    size = min(t, PIECE)
+    old = cache.coordinates
+    old = dataclasses.replace(old, valid=old.valid & (jnp.arange(cache.size) < cache.slot))
+
+    def piece(cache: Cache, part: tuple[Array, Coordinates]) -> tuple[Cache, Array]:
+        cache, hidden = read(weights, program, *part, cache)
+        return dataclasses.replace(cache, slot=cache.slot + size), hidden
+
+    parts = jax.tree.map(lambda x: x.reshape(s, -1, size).swapaxes(0, 1), (prompt.tokens, where))
+    after, hidden = jax.lax.scan(piece, dataclasses.replace(cache, coordinates=old), parts)
+    after = dataclasses.replace(after, slot=cache.slot + jnp.max(jnp.sum(where.valid, axis=1)))
+    return begin(weights, program, controls, prompt, hidden.swapaxes(0, 1).reshape(s, t, -1), after)
+
+
+def first_tokens(
+    program: Program, controls: Controls, prompt: Prompt, begun: tuple[State, Array]
+) -> tuple[State, Array]:
+    """The first token of every branch, from its logits; BROKEN where they are not finite."""
+    state, token = choose(program, controls, *begun)
+    return state, jnp.where(jnp.isfinite(begun[1]).all(-1) | (prompt.limit == 0), token, BROKEN)
+
+
 @partial(jax.jit, static_argnames=("program", "room"))
 def prefill(weights: Params, controls: Controls, prompt: Prompt, *, program: Program, room: int) -> tuple[State, Array]:
-    """`start`, and the first token of every branch; BROKEN where its logits are not finite."""
-    state, scores = start(weights, program, prompt, controls.seed, room)
-    state, token = choose(program, controls, state, scores)
-    return state, jnp.where(jnp.isfinite(scores).all(-1) | (prompt.limit == 0), token, BROKEN)
+    """`start`, and the first token of every branch."""
+    return first_tokens(program, controls, prompt, start(weights, program, controls, prompt, room))
+
+
+@partial(jax.jit, static_argnames=("program",), donate_argnames=("cache",))
+def extend(
+    weights: Params, controls: Controls, prompt: Prompt, cache: Cache, *, program: Program
+) -> tuple[State, Array]:
+    """`go_on`, and the first token of every branch. The cache is donated and returned in the state."""
+    return first_tokens(program, controls, prompt, go_on(weights, program, controls, prompt, cache))
 
 
 @partial(jax.jit, static_argnames=("program",), donate_argnames=("state",))
@@ -311,13 +364,15 @@ def decode_block(
     return jax.lax.while_loop(going, column, (dataclasses.replace(state, done=state.done | ended), out))
 
 
-def enlarge(state: State, slots: int) -> State:
-    """The state with a cache of `slots` slots. Layer by layer: the old and the new cache never exist together."""
-    cache = state.cache
-    for i, (k, v) in enumerate(cache):
-        cache[i] = _grow(k, slots, 1), _grow(v, slots, 1)
-    coordinates = jax.tree.map(lambda array: _grow(array, slots, 1), state.coordinates)
-    return dataclasses.replace(state, coordinates=coordinates)
+def enlarge(cache: Cache, slots: int) -> Cache:
+    """A cache of `slots` slots, of which the old one is left empty. Layer by layer: they never exist together."""
+    layers = cache.layers
+    for i, (k, v) in enumerate(layers):
+        layers[i] = _grow(k, slots, 1), _grow(v, slots, 1)
+    # The coordinates on the host: so small that another program is not worth it.
+    old = cache.coordinates
+    coordinates = jax.tree.map(lambda x: jnp.asarray(np.pad(x, ((0, 0), (0, slots - x.shape[1])))), old)
+    return dataclasses.replace(cache, coordinates=coordinates)
 
 
 @partial(jax.jit, static_argnames=("program",))

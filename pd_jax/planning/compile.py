@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from pd_jax.columns import Coordinates
 from pd_jax.config import Backend, LoraConfig, ModelConfig, Remat
-from pd_jax.decoding import BLOCK, Method, Program, Prompt, SamplingParams, State, decode_block, unstack
+from pd_jax.decoding import BLOCK, Cache, Method, Program, Prompt, SamplingParams, State, decode_block, unstack
 from pd_jax.errors import InputError
 from pd_jax.layout import Layout
 from pd_jax.lora import adapter_shapes
@@ -165,15 +165,19 @@ def decoder_arguments(config: ModelConfig, dtype: str, *, tokens: int, branches:
         return Coordinates(branch=place, column=place, segment=place, valid=flag, prompt=flag)
 
     branch, flag, scalar = array(1, branches), array(1, branches, of=jnp.bool_), array()
-    begun = {"first": branch, "forced": array(1, branches, 0), "forced_count": branch, "limit": branch}
+    begun = {
+        "branch": branch,
+        "first": branch,
+        "forced": array(1, branches, 0),
+        "forced_count": branch,
+        "limit": branch,
+    }
     stream = array(1, branches, of=jnp.uint32)
     prompt = Prompt(tokens=array(1, tokens), coordinates=places(tokens), last=branch, stream=stream, **begun)
     slots = tokens + branches * room
     cache = array(config.num_key_value_heads, slots, config.head_dim, of=dtype)
     state = State(
-        cache=[(cache, cache)] * config.num_hidden_layers,
-        coordinates=places(slots),
-        slot=scalar,
+        cache=Cache([(cache, cache)] * config.num_hidden_layers, places(slots), slot=scalar, width=scalar),
         count=scalar,
         token=branch,
         live=flag,
@@ -196,10 +200,11 @@ def compile_decoder(workload: Workload, config: ModelConfig, devices: list[Any])
     _, (weights, controls, state, ended, until) = decoder_arguments(config, "bfloat16", **sizes)
     here = NamedSharding(mesh, P())
     weights = abstract_arrays(weights, decoding_shardings(config, mesh))
-    cache = jax.tree.map(lambda _: NamedSharding(mesh, CACHE_KS_C_H), state.cache)
-    state = abstract_arrays(state, dataclasses.replace(jax.tree.map(lambda _: here, state), cache=cache))
+    places: Any = jax.tree.map(lambda _: here, state)
+    places.cache.layers[:] = jax.tree.map(lambda _: NamedSharding(mesh, CACHE_KS_C_H), state.cache.layers)
+    state = abstract_arrays(state, places)
     controls, ended, until = (abstract_arrays(x, jax.tree.map(lambda _: here, x)) for x in (controls, ended, until))
     program = Program(config, "columns", Method())
     with jax.set_mesh(mesh):
         compiled = decode_block.lower(weights, controls, state, ended, until, program=program).compile()
-    return compiled, weights, state.cache
+    return compiled, weights, state.cache.layers

@@ -93,13 +93,14 @@ def test_attention_over_the_cache_is_dense_attention(branches, biased):
 def test_incremental_logits_equal_one_forward(visibility):
     program = Program(PAIRED, visibility, Method())
     begin = jax.jit(start, static_argnums=(1, 4))
+    any_controls = controls()
     step = jax.jit(feed, static_argnums=1)
     for align in ALIGNMENTS:
         ours = decoder(visibility=visibility, align=align)
         layout = ours.layout(FINISHED)
         full = ours.logits(layout)
         prompt = make_prompt(ASKED, [[9] * 3, [9] * 2], align, visibility)
-        state, logits = begin(ours.weights, program, prompt, np.uint32(0), BLOCK)
+        state, logits = begin(ours.weights, program, any_controls, prompt, BLOCK)
         compared = 0
         for column in range(12):
             fed, live = np.zeros((2, 3), np.int32), np.zeros((2, 3), bool)
@@ -497,13 +498,13 @@ def test_the_cache_is_predicted_and_stays_in_place():
     arguments = ours.weights, asked.controls(NEVER, ours._allowed, 2, 2)
     state, _ = prefill(*arguments, rows, program=program, room=BLOCK)
     predicted = cache_bytes(PLAIN, samples=2, tokens=32, branches=3, columns=BLOCK, dtype="float32")
-    assert predicted == sum(array.nbytes for pair in state.cache for array in pair)
+    assert predicted == sum(array.nbytes for pair in state.cache.layers for array in pair)
     ended = np.zeros((2, 3), bool)
     memory = decode_block.lower(*arguments, state, ended, np.int32(9), program=program).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= predicted
     # A weight or a cache that is copied inside the loop would be here.
     assert memory.temp_size_in_bytes < 0.3 * predicted
-    old = state.cache[0][0]
+    old = state.cache.layers[0][0]
     decode_block(*arguments, state, ended, np.int32(9), program=program)
     assert old.is_deleted()
 
@@ -553,7 +554,9 @@ def test_a_model_over_eight_devices_says_the_same(tmp_path, monkeypatch, family)
 
     def spy(*args, **kwargs):
         state, out = decode_block(*args, **kwargs)
-        heads.update(s.data.shape[0] // 2 for pair in state.cache for array in pair for s in array.addressable_shards)
+        heads.update(
+            s.data.shape[0] // 2 for pair in state.cache.layers for array in pair for s in array.addressable_shards
+        )
         return state, out
 
     monkeypatch.setattr(pd_jax.decoding.decoder, "decode_block", spy)

@@ -143,10 +143,10 @@ def decoder_program(platform: str, branches: int):
     _, arguments = decoder_arguments(config, "bfloat16", tokens=1024, branches=branches, room=4 * BLOCK)
     weights, _, state, *_ = arguments
     block = partial(decode_block.__wrapped__, program=program)
-    large = jax.tree.leaves((weights["layers"], state.cache))
+    large = jax.tree.leaves((weights["layers"], state.cache.layers))
     least = min(x.size * x.dtype.itemsize for x in large if x.ndim > 1)
     compiled = compile_for(platform, block, *arguments, donate=2)
-    return compiled, state.cache[0][0].shape, least
+    return compiled, state.cache.layers[0][0].shape, least
 
 
 def copies(program, least: int) -> list[str]:
