@@ -35,7 +35,7 @@ class Coordinates:
     def of(cls, layout: Any, visibility: RowVisibility = "columns") -> "Coordinates":
         """The coordinates of a `Layout`, or of anything that has its arrays by key, for rows of `visibility`."""
         names = ["branch", "column", "segment", "valid", "prompt"] + ["visibility"] * (visibility == MIX)
-        return cls(**{name: jnp.asarray(layout[name]) for name in names})
+        return cls(**{name: layout[name] for name in names})
 
 
 def column_mask(

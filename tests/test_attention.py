@@ -41,6 +41,10 @@ ROWS = {
     "packed": coordinates(PACKED, length=128),
     "packed the other way": coordinates(PACKED[::-1], length=128),
     "right": coordinates([sample(6, [9, 2, 5], [3, 8, 1])], length=128, align="right"),
+    "fork, join, fork": coordinates(
+        [replace(sample(6, [9, 2], [3, 8]), later=[Branch([1] * 4, [1] * 5), sample(0, [3, 6], [20, 9]).branches])],
+        length=128,
+    ),
     "ragged": coordinates([sample(6, [9, 2, 5], [3, 8, 1])], length=128, align="ragged"),
 }
 ALL = jax.tree.map(lambda *rows: jnp.concatenate(rows), *ROWS.values())

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from examples import SMALL, WORKED, aligns, samples
+from examples import SMALL, STORY, WORKED, aligns, samples, stories
 from hypothesis import given, settings
 
 from pd_jax.columns import Coordinates, column_mask, rope_tables, rotate, sibling_mask
@@ -87,6 +87,89 @@ def test_the_mask_of_the_worked_example():
     np.testing.assert_array_equal(mask_of([[WORKED]])[0], literal)
 
 
+FORK_JOIN_FORK = {  # of STORY: B0 B1, Q1 Q2, Q1, A1 A2, A1, J, S, Q3, A3
+    "columns": """
+        1 0 0 0 0 0 0 0 0 0 0 0
+        1 1 0 0 0 0 0 0 0 0 0 0
+        1 1 1 0 0 0 0 0 0 0 0 0
+        1 1 0 1 0 0 0 0 0 0 0 0
+        1 1 1 1 1 0 0 0 0 0 0 0
+        1 1 1 1 1 1 0 0 0 0 0 0
+        1 1 1 1 1 0 1 0 0 0 0 0
+        1 1 1 1 1 1 1 1 0 0 0 0
+        1 1 1 1 1 1 1 1 1 0 0 0
+        1 1 1 1 1 1 1 1 1 1 0 0
+        1 1 1 1 1 1 1 1 1 1 1 0
+        1 1 1 1 1 1 1 1 1 1 1 1""",
+    "isolated": """
+        1 0 0 0 0 0 0 0 0 0 0 0
+        1 1 0 0 0 0 0 0 0 0 0 0
+        1 1 1 0 0 0 0 0 0 0 0 0
+        1 1 0 1 0 0 0 0 0 0 0 0
+        1 1 1 0 1 0 0 0 0 0 0 0
+        1 1 1 0 1 1 0 0 0 0 0 0
+        1 1 0 1 0 0 1 0 0 0 0 0
+        1 1 1 0 1 1 0 1 0 0 0 0
+        1 1 1 1 1 1 1 1 1 0 0 0
+        1 1 1 1 1 1 1 1 1 1 0 0
+        1 1 0 0 0 0 0 0 1 1 1 0
+        1 1 0 0 0 0 0 0 1 1 1 1""",
+    "prompts": """
+        1 0 0 0 0 0 0 0 0 0 0 0
+        1 1 0 0 0 0 0 0 0 0 0 0
+        1 1 1 0 0 0 0 0 0 0 0 0
+        1 1 0 1 0 0 0 0 0 0 0 0
+        1 1 1 1 1 0 0 0 0 0 0 0
+        1 1 1 1 1 1 0 0 0 0 0 0
+        1 1 1 1 1 0 1 0 0 0 0 0
+        1 1 1 1 1 1 0 1 0 0 0 0
+        1 1 1 1 1 1 1 1 1 0 0 0
+        1 1 1 1 1 1 1 1 1 1 0 0
+        1 1 1 1 1 0 0 0 1 1 1 0
+        1 1 1 1 1 0 0 0 1 1 1 1""",
+}
+
+
+@pytest.mark.parametrize("visibility", VISIBILITIES)
+def test_the_masks_of_a_fork_a_join_and_a_fork(visibility):
+    literal = np.array([line.split() for line in FORK_JOIN_FORK[visibility].strip().splitlines()], int)
+    np.testing.assert_array_equal(mask_of([[STORY]], visibility)[0], literal)
+    mixed = Coordinates.of(build_layout([[replace(STORY, visibility=visibility)]]), "mix")
+    np.testing.assert_array_equal(column_mask(mixed, mixed, "mix")[0], literal)
+
+
+def test_the_docstring_draws_the_isolated_mask():
+    """The pictures in the docstring of `column_mask` are the literal masks."""
+    drawn = [
+        line.split() for line in (column_mask.__doc__ or "").splitlines() if line.split()[-1:] != [] and "." in line
+    ]
+    rows = [
+        [cell for cell in line[1:-1] if cell in "1."] for line in drawn if line[0][0] in "BQAJS" and line[-1].isdigit()
+    ]
+    pictures = {n: [[int(cell == "1") for cell in row] for row in rows if len(row) == n] for n in (17, 12)}
+    np.testing.assert_array_equal(
+        pictures[17], [list(map(int, line)) for line in WORKED_MASK.split()[: len(pictures[17])]]
+    )
+    literal = [[int(x) for x in line.split()] for line in FORK_JOIN_FORK["isolated"].strip().splitlines()]
+    np.testing.assert_array_equal(pictures[12], [row for row in literal if 0 in row])
+
+
+@given(stories, aligns)
+@settings(max_examples=15, deadline=None)
+def test_the_trunk_sees_everybody_and_is_seen_by_everybody(story, align):
+    layout = build_layout([[story]], length=192, align=align)
+    branch, column, valid = layout.branch[0], layout.column[0], layout.valid[0]
+    earlier = (column[None] < column[:, None]) & valid[None] & valid[:, None]
+    trunk = ((branch == 0)[None] | (branch == 0)[:, None]) & valid[None] & valid[:, None]
+    siblings = np.asarray(sibling_mask(*[Coordinates.of(layout)] * 2))[0]
+    assert not siblings[trunk].any()
+    for visibility in VISIBILITIES:
+        mask = mask_of([[story]], visibility, length=192, align=align)[0]
+        np.testing.assert_array_equal((mask & ~np.eye(192, dtype=bool))[trunk], earlier[trunk])
+        if visibility == "isolated":
+            assert not (mask & siblings).any()
+
+
 @given(samples, samples, aligns)
 @settings(max_examples=15, deadline=None)
 def test_any_mask_is_what_the_definition_says(first, second, align):
@@ -131,7 +214,7 @@ def test_a_query_among_cached_keys_finds_itself():
 def test_sibling_mask():
     coordinates = Coordinates.of(build_layout([[SMALL]]))
     branch = np.array([0, 0, 1, 2, 1, 1, 2, 1])
-    siblings = (branch[None] != branch[:, None]) & (branch[None] != 0)
+    siblings = (branch[None] != branch[:, None]) & (branch[None] != 0) & (branch[:, None] != 0)
     np.testing.assert_array_equal(sibling_mask(coordinates, coordinates)[0], siblings)
 
 

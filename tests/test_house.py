@@ -20,7 +20,8 @@ FLOORS = (
     ("mesh",),
     ("attention", "cpu", "lora"),
     ("model",),
-    ("loss", "sight", "files"),
+    ("loss", "files"),
+    ("watching",),
     ("decoding",),
     ("training",),
     ("evaluation", "planning", "benchmarks", "jobs"),
@@ -28,7 +29,7 @@ FLOORS = (
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 CORE = {"attention", "decoding", "training"}  # beside the files at the top
 CORE_LINES = 3000
-OPEN_WINGS = {"data", "tasks"}  # folders of independent files, each imported by its own name
+OPEN_WINGS = {"data", "tasks", "watching"}  # folders of independent files, each imported by its own name
 
 FILES = sorted(
     path for folder in ("pd_jax", "scripts", "convert") for path in (ROOT / folder).rglob("*.py") if path.is_file()

@@ -1,8 +1,10 @@
 """Layouts: coordinates, targets, weights, packing and buckets, against the worked example and the definitions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from examples import EOS, Q1, Q3, WORKED, B, aligns, samples
+from examples import EOS, Q1, Q3, STORY, WORKED, B, aligns, samples, stories
 from hypothesis import given, settings, strategies as st
 
 from pd_jax.layout import Branch, Sample, TokenSample, answer_columns, bucket, build_layout, fit, pack
@@ -81,6 +83,61 @@ def test_any_layout(rows, align, objective):
                     assert counted == (following[prompt - 1 :] if number else [])
                     if number and len(text) > prompt:
                         assert column[of][prompt] == start[number - 1]
+
+
+def test_a_fork_a_join_and_a_fork():
+    layout = build_layout([[STORY]])
+    np.testing.assert_array_equal(layout.tokens[0], [1, 2, 11, 21, 12, 41, 51, 42, 61, 62, 71, 72])
+    np.testing.assert_array_equal(layout.branch[0], [0, 0, 1, 2, 1, 1, 2, 1, 0, 0, 3, 3])
+    np.testing.assert_array_equal(layout.column[0], [0, 1, 2, 2, 3, 4, 4, 5, 6, 7, 8, 9])
+    np.testing.assert_array_equal(np.flatnonzero(layout.prompt[0]), [2, 3, 4, 8, 10])
+    # Answers and their ends count; the trunk's background has no target, because the join begins with a prompt.
+    np.testing.assert_array_equal(layout.weights[0], [0, 0, 0, 1, 1, 1, 1, 0, 1, 1, 1, 0])
+    np.testing.assert_array_equal(layout.targets[0][layout.weights[0] > 0], [51, 41, 42, EOS, 62, EOS, 72])
+    np.testing.assert_array_equal(answer_columns(STORY), [9])
+    np.testing.assert_array_equal(answer_columns(replace(STORY, later=STORY.later[:1])), [7])
+
+
+def test_what_a_join_says_without_a_prompt_is_the_trunk_s_next_token():
+    story = TokenSample([1, 2], [Branch([11], [41])], later=[Branch((), [61, 62]), Branch((), [63])])
+    for objective in ("answers", "all"):
+        layout = build_layout([[story]], objective=objective)
+        np.testing.assert_array_equal(layout.tokens[0], [1, 2, 11, 41, 61, 62, 63])
+        first = float(objective == "all")
+        np.testing.assert_array_equal(layout.weights[0], [first, 1, 1, 0, 1, 1, 0])
+        np.testing.assert_array_equal(layout.targets[0][[1, 2, 4, 5]], [61, 41, 62, 63])
+    # An end is a target already, and a prompt is none.
+    story = TokenSample([1], [], later=[Branch([2], [3], EOS), Branch((), [4]), Branch([5], [6])])
+    layout = build_layout([[story]], objective="all")
+    np.testing.assert_array_equal(layout.weights[0], [0, 1, 1, 0, 1, 0])
+    np.testing.assert_array_equal(layout.targets[0][layout.weights[0] > 0], [3, EOS, 6])
+
+
+@given(stories, aligns)
+@settings(max_examples=60, deadline=None)
+def test_every_turn_stands_behind_the_one_before(story, align):
+    """Its texts are those of a sample of its own, moved behind all columns so far, under numbers of their own."""
+    layout = build_layout([[story]], align=align)
+    column, number = len(story.background), 1
+    seen = layout.column[0] < column
+    np.testing.assert_array_equal(layout.tokens[0][seen], list(story.background))
+    for turn in story.turns:
+        joins = isinstance(turn, Branch)
+        alone = build_layout([[TokenSample((), [turn] if joins else turn)]], align=align)
+        size = alone.tokens.shape[1]
+        width = 1 + alone.column.max(initial=-1)
+        here = (layout.column[0] >= column) & (layout.column[0] < column + width)
+        assert here.sum() == size
+        np.testing.assert_array_equal(layout.tokens[0][here], alone.tokens[0])
+        np.testing.assert_array_equal(layout.column[0][here], alone.column[0] + column)
+        np.testing.assert_array_equal(layout.branch[0][here], 0 if joins else alone.branch[0] + number - 1)
+        np.testing.assert_array_equal(layout.prompt[0][here], alone.prompt[0])
+        if not joins:
+            np.testing.assert_array_equal(layout.weights[0][here], alone.weights[0])
+        column, number = column + width, number + (0 if joins else len(turn))
+        seen |= here
+    assert seen.all()
+    assert len(story) == layout.tokens.shape[1]
 
 
 def test_packed_samples_are_told_apart():

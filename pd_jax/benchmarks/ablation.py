@@ -174,8 +174,8 @@ def run_cell(cell: Cell, seeds: Sequence[int], recipe: Recipe, own: Task | None 
     from pd_jax.config import ModelConfig
     from pd_jax.mesh import make_mesh
     from pd_jax.params import init_params
-    from pd_jax.sight import attention_mass
     from pd_jax.training import Optimisation, StepSettings, make_optimizer, make_step
+    from pd_jax.watching.sight import attention_mass
 
     logging.getLogger("pd_jax").setLevel(logging.ERROR)  # decoded otherwise than trained, on purpose
     task, scheme = own or TASKS[cell.task], SCHEMES[cell.scheme]

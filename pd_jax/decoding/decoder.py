@@ -29,8 +29,8 @@ from pd_jax.config import (
     Visibility,
     check_choice,
 )
+from pd_jax.data.answers import Columns, Event, Result, Transcript, events, result_of
 from pd_jax.data.text import check_ids, tokenise_samples
-from pd_jax.decoding.answers import Columns, Event, Result, Transcript, events, result_of
 from pd_jax.decoding.prompts import SMALLEST_ROW, Prompt, branch_limits, make_prompt, row_visibility
 from pd_jax.decoding.sampling import Method, SamplingOptions, SamplingParams
 from pd_jax.decoding.session import ROOM, Session

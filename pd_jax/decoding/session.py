@@ -10,12 +10,12 @@ import numpy as np
 
 from pd_jax.columns import Coordinates
 from pd_jax.config import VISIBILITIES, Visibility, check_choice
+from pd_jax.data.answers import BranchResult, Columns, Event, Result, Transcript, events, result_of
 from pd_jax.data.text import check_ids, tokenise_background, tokenise_samples
-from pd_jax.decoding.answers import BranchResult, Columns, Event, Result, Transcript, events, result_of
 from pd_jax.decoding.prompts import Prompt, branch_limits, make_prompt
 from pd_jax.decoding.sampling import SamplingOptions, SamplingParams
 from pd_jax.decoding.steps import BLOCK, PIECE, enlarge, extend, prefill
-from pd_jax.errors import InputError, check_text, check_whole
+from pd_jax.errors import InputError, check_text, check_whole, shown
 from pd_jax.layout import Branch, Sample, TokenSample, Turn, bucket, members
 
 ROOM = 1024  # tokens for which a cache has place behind the background before it grows
@@ -45,6 +45,8 @@ class Session:
         if isinstance(background, str):
             check_text(background, "the background")
             background = tokenise_background(decoder.tokenizer, background, chat_markup)
+        if not isinstance(background, Sequence):
+            raise InputError(f"the background is {shown(background)}; pass a text or a list of token ids")
         check_ids(background, decoder.config.vocab_size, "the background")
         self._decoder, self._chat_markup = decoder, chat_markup  # a ParallelDecoder, whose file imports this one
         self._visibility = visibility
@@ -106,14 +108,10 @@ class Session:
         (text,) = self._branches([prompt])
         return events(self._ask(text, SamplingParams.of(params, options), 1))
 
-    def _branches(self, prompts: Sequence[Text]) -> Sequence[Branch]:
-        sample: Sample | TokenSample
-        if isinstance(prompts, Sequence) and not any(
-            isinstance(p, str) or not isinstance(p, Sequence) for p in prompts
-        ):
-            sample = TokenSample((), [Branch(prompt) for prompt in prompts])
-        else:
-            sample = Sample("", prompts, chat_markup=self._chat_markup)  # ty: ignore[invalid-argument-type] -- it checks
+    def _branches(self, prompts: Any) -> Sequence[Branch]:
+        """Texts, or runs of token ids, as branches; `Sample` and `tokenise_samples` refuse everything else."""
+        ids = isinstance(prompts, Sequence) and all(isinstance(p, Sequence) and not isinstance(p, str) for p in prompts)
+        sample = TokenSample((), [*map(Branch, prompts)]) if ids else Sample("", prompts, None, self._chat_markup)
         return tokenise_samples([sample], self._decoder.tokenizer, self._decoder.config.vocab_size)[0].branches
 
     def _with(self, turn: Turn) -> TokenSample:
@@ -123,7 +121,14 @@ class Session:
         return replace(said, branches=turn)
 
     def _larger(self, size: int) -> int:
+        """The slots of a cache that has grown once: four times as many behind the background."""
         return 4 * size - 3 * self._start
+
+    def _grown(self, needed: int) -> int:
+        size = self._cache.size
+        while size < needed:
+            size = self._larger(size)
+        return size
 
     def _size(self, kind: str, needed: int, waste: int) -> int:
         """A static size for `needed`: one that is in use and at most `waste` times too large, or else a new one."""
@@ -162,17 +167,13 @@ class Session:
         decoder, asked, visibility = self._decoder, self._with(turn), self._visibility
         limits = branch_limits([asked], params.max_new_tokens, least=0)
         prompt = self._unread(make_prompt([asked], limits, decoder.align, visibility))
-        # --- the cache: as large as what is read needs, if it may become as large as what may be said needs
         slot, width = int(self._cache.slot), len(members(turn))
-        now = slot + prompt.tokens.shape[1]
-        last = now + width * int(prompt.limit.max()) + prompt.last.shape[1]
-        size = then = self._cache.size
-        while then < last:
-            size, then = self._larger(then) if size < now else size, self._larger(then)
-        decoder.check(prompt, 1, then - self._cache.size)
-        if size > self._cache.size:
+        read = slot + prompt.tokens.shape[1]
+        most = read + width * int(prompt.limit.max()) + prompt.last.shape[1]  # should no branch end early
+        decoder.check(prompt, 1, self._grown(most) - self._cache.size)
+        if read > self._cache.size:
             with decoder.on_mesh():
-                self._cache = enlarge(self._cache, size)
+                self._cache = enlarge(self._cache, self._grown(read))
         begin = partial(extend, prompt=prompt, cache=replace(self._cache, slot=np.int32(slot), width=np.int32(width)))
         for step in decoder.decode(begin, prompt, limits, params, visibility, every, self._larger):
             said = self._under_way = turn, step.transcripts[0]

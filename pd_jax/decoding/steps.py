@@ -29,7 +29,7 @@ from pd_jax.decoding.sampling import Controls, Method, distribution, draw
 from pd_jax.mesh import CACHE_KS_C_H
 from pd_jax.model import block, head, rms_norm
 from pd_jax.params import PROJECTIONS, Params
-from pd_jax.sight import watching
+from pd_jax.watching.sight import watching
 
 BROKEN = -2  # in the place of a token
 BLOCK = 32  # columns decoded per jitted call; also the first cache size, in columns
@@ -371,7 +371,7 @@ def enlarge(cache: Cache, slots: int) -> Cache:
         layers[i] = _grow(k, slots, 1), _grow(v, slots, 1)
     # The coordinates on the host: so small that another program is not worth it.
     old = cache.coordinates
-    coordinates = jax.tree.map(lambda x: jnp.asarray(np.pad(x, ((0, 0), (0, slots - x.shape[1])))), old)
+    coordinates = jax.tree.map(lambda x: jax.device_put(np.pad(x, ((0, 0), (0, slots - x.shape[1])))), old)
     return dataclasses.replace(cache, coordinates=coordinates)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from pd_jax.columns import Coordinates, column_mask
 from pd_jax.config import Visibility
 from pd_jax.layout import Layout
-from pd_jax.sight import PLACES
+from pd_jax.watching.sight import PLACES
 
 KINDS = ("background", "prompt", "answer")
 COLOURS = ("#9ecae1", "#fdd49e", "#a1d99b")  # of the three kinds

@@ -11,8 +11,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from pd_jax.files import digest, root_cause
-from pd_jax.training.monitor import say
 from pd_jax.training.step import State
+from pd_jax.watching.monitor import say
 
 
 class Checkpoints:

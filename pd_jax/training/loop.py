@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from pd_jax.columns import Coordinates
 from pd_jax.config import LoraConfig, ModelConfig
 from pd_jax.data.text import BadRows
 from pd_jax.errors import InputError
@@ -25,13 +23,10 @@ from pd_jax.lora import init_adapters
 from pd_jax.machines import Trace, peak_bytes, stop_signal
 from pd_jax.mesh import abstract_arrays, param_shardings, place_batch
 from pd_jax.params import Params, init_params, parameter_count, training_flops
-from pd_jax.sight import attention_mass
 from pd_jax.training.checkpoints import Checkpoints
-from pd_jax.training.monitor import Monitor, say
-from pd_jax.training.step import Batch, Optimisation, State, StepSettings, make_optimizer, make_step
-
-LOOK_TOKENS = 1024  # of one row, at which a validation looks where attention goes
-SHUT = -4.0  # a sibling_bias below it lets less than 2 % through
+from pd_jax.training.step import Optimisation, State, StepSettings, make_optimizer, make_step
+from pd_jax.watching.monitor import Monitor, say
+from pd_jax.watching.sight import door_line, sibling_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,29 +249,3 @@ def train(
     write_run(output, run.flags, start.base, run.data, finished=True)
     skipped = "" if bad is None else bad.summary()
     say(f"finished {step} steps; the {'model' if lora is None else 'adapter'} is in {output}{skipped}{door}")
-
-
-def sibling_share(config: ModelConfig, lora: LoraConfig | None, trained: Params, frozen: Params, batch: Batch) -> Array:
-    """The share of attention on siblings, over all layers and heads, in the first row of a batch [A, B, T]; scalar."""
-    params, adapters = (trained, None) if lora is None else (frozen, trained)
-    row = {name: array[0, :1, :LOOK_TOKENS] for name, array in batch.items()}  # in column-major order a part is whole
-    visibility = config.visibility or "columns"
-    coordinates = Coordinates.of(row, visibility)
-    mass = attention_mass(
-        params, config, row["tokens"], coordinates, visibility=visibility, adapters=adapters, lora=lora
-    )
-    return jnp.mean(mass[..., 2])
-
-
-def door_line(config: ModelConfig, trained: Params) -> str:
-    """What the last line says of a sibling_bias that hides the siblings from every head; else nothing."""
-    if not config.sibling_bias or config.visibility == "isolated":
-        return ""
-    bias = trained.get("layers", trained)["sibling_bias"]
-    low, high = float(jnp.min(bias)), float(jnp.max(bias))
-    if high >= SHUT:
-        return ""
-    return (
-        f"; its siblings are never seen: sibling_bias ends at {low:.2f} .. {high:.2f}. Begin with a higher "
-        "--sibling-bias-start or raise --sibling-bias-lr"
-    )

@@ -37,8 +37,8 @@ from pd_jax.machines import Trace, start_processes
 from pd_jax.mesh import check_batch, check_model, compile_target, make_mesh
 from pd_jax.training.flags import FinetuneFlags, PretrainFlags, TrainFlags
 from pd_jax.training.loop import Run, Start, train
-from pd_jax.training.monitor import say
 from pd_jax.training.step import Optimisation, StepSettings
+from pd_jax.watching.monitor import say
 
 PRETRAINED_BIAS_START = -2.0  # of weights that never saw columns: ajar; from 0 they unlearn, from -8 it never opens
 

@@ -16,7 +16,7 @@ import pd_jax.decoding.decoder
 from pd_jax import ParallelDecoder, Sample, SamplingParams, lora
 from pd_jax.attention import dense_attention
 from pd_jax.config import ALIGNMENTS, VISIBILITIES, Llama3Rope, LoraConfig
-from pd_jax.decoding.answers import Transcript
+from pd_jax.data.answers import Transcript
 from pd_jax.decoding.prompts import make_prompt
 from pd_jax.decoding.sampling import Controls, Method, SamplingOptions, cut, distribution, draw
 from pd_jax.decoding.steps import BLOCK, Program, cache_bytes, cached_attention, decode_block, feed, prefill, start

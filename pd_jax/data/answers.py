@@ -1,4 +1,4 @@
-"""What decoding gives back: the answer of a branch, the result of a sample, the event of a column."""
+"""Text on its way out: what decoding gives back of a branch, of a sample and of a column."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -4,7 +4,7 @@ import datetime
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from tensorboardX import SummaryWriter
 
 from pd_jax.files import keep_metrics
 from pd_jax.machines import peak_flops
-from pd_jax.training.step import Metrics
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -67,7 +66,7 @@ class Monitor:
             self.file.close()
             self.events.close()
 
-    def __call__(self, step: int, metrics: Metrics, validation: tuple[float, float] | None = None) -> None:
+    def __call__(self, step: int, metrics: Mapping[str, Any], validation: tuple[float, float] | None = None) -> None:
         """The metrics of `step`, still on the device; reading them waits for that step. `validation` is a loss and the
         share of attention on siblings. Raises `FloatingPointError` for a loss that is not finite."""
         loss = float(metrics["loss"])

@@ -18,6 +18,8 @@ from pd_jax.lora import with_bias
 from pd_jax.model import block, project
 from pd_jax.params import Params
 
+LOOK_TOKENS = 1024  # of one row, at which a validation looks where attention goes
+SHUT = -4.0  # a sibling_bias below it lets less than 2 % through
 PLACES = ("background", "own branch", "siblings")  # the last axis of `attention_mass`
 
 
@@ -69,3 +71,32 @@ def attention_mass(
         return block(config, layer, x, rope=rope, attend=attend, linear=linear), seen[0]
 
     return jnp.moveaxis(jax.lax.scan(layer_step, params["embed"][tokens], (params["layers"], adapters))[1], 0, 1)
+
+
+def sibling_share(
+    config: ModelConfig, lora: LoraConfig | None, trained: Params, frozen: Params, batch: dict[str, Array]
+) -> Array:
+    """The share of attention on siblings, over all layers and heads, in the first row of a training batch, whose arrays
+    are [A, B, T]; a scalar."""
+    params, adapters = (trained, None) if lora is None else (frozen, trained)
+    row = {name: array[0, :1, :LOOK_TOKENS] for name, array in batch.items()}  # in column-major order a part is whole
+    visibility = config.visibility or "columns"
+    coordinates = Coordinates.of(row, visibility)
+    mass = attention_mass(
+        params, config, row["tokens"], coordinates, visibility=visibility, adapters=adapters, lora=lora
+    )
+    return jnp.mean(mass[..., 2])
+
+
+def door_line(config: ModelConfig, trained: Params) -> str:
+    """What the last line says of a sibling_bias that hides the siblings from every head; else nothing."""
+    if not config.sibling_bias or config.visibility == "isolated":
+        return ""
+    bias = trained.get("layers", trained)["sibling_bias"]
+    low, high = float(jnp.min(bias)), float(jnp.max(bias))
+    if high >= SHUT:
+        return ""
+    return (
+        f"; its siblings are never seen: sibling_bias ends at {low:.2f} .. {high:.2f}. Begin with a higher "
+        "--sibling-bias-start or raise --sibling-bias-lr"
+    )

@@ -11,7 +11,7 @@ from pd_jax import ParallelDecoder
 from pd_jax.columns import Coordinates
 from pd_jax.layout import TokenSample, build_layout
 from pd_jax.params import init_params
-from pd_jax.sight import attention_mass
+from pd_jax.watching.sight import attention_mass
 
 CONFIG = tiny.config(sibling_bias=True)
 
