@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from pd_jax.layout import Branch, Layout, Sample, TokenSample
 
 if TYPE_CHECKING:
-    from pd_jax.decoding import BranchResult, Event, ParallelDecoder, Result, SamplingParams
+    from pd_jax.decoding import BranchResult, Event, ParallelDecoder, Result, SamplingParams, Session
 
 __version__ = "0.2.0"
 __all__ = ["Branch", "Layout", "Sample", "TokenSample"]
-__all__ += ["BranchResult", "Event", "ParallelDecoder", "Result", "SamplingParams"]
+__all__ += ["BranchResult", "Event", "ParallelDecoder", "Result", "SamplingParams", "Session"]
 
 
 def __getattr__(name: str) -> Any:

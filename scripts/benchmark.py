@@ -4,6 +4,7 @@
     python scripts/benchmark.py attention --tokens 4096 --dtype bfloat16 --heads 32 --kv-heads 8 --head-dim 128
     python scripts/benchmark.py decode                         # columns against transformers, one by one and batched
     python scripts/benchmark.py columns                        # a job split over branches against one branch
+    python scripts/benchmark.py sessions                       # a text read once for many forks against every time
     python scripts/benchmark.py decode --model Qwen/Qwen3-0.6B --threads 2 --background 128 1024 --output decode.json
 """  # fmt: skip
 
@@ -15,10 +16,12 @@ from pd_jax.benchmarks import (
     AttentionFlags,
     ColumnsFlags,
     DecodeFlags,
+    SessionsFlags,
     keep_to,
     time_attention,
     time_columns,
     time_decoding,
+    time_sessions,
 )
 from pd_jax.cli import parse, run
 from pd_jax.errors import InputError
@@ -27,6 +30,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "attention": (AttentionFlags, time_attention),
     "columns": (ColumnsFlags, time_columns),
     "decode": (DecodeFlags, time_decoding),
+    "sessions": (SessionsFlags, time_sessions),
 }
 
 

@@ -18,7 +18,7 @@ from pd_jax.config import VISIBILITIES, Align, Visibility
 from pd_jax.data.fineweb import Documents, branch_sample
 from pd_jax.data.text import BadRows
 from pd_jax.errors import InputError
-from pd_jax.layout import Layout, Objective, TokenSample, build_layout, pack
+from pd_jax.layout import Layout, Objective, TokenSample, build_layout, members, pack
 
 RowArrays = dict[str, np.ndarray]  # the arrays of a `Layout` of one row, each [T]
 SHUFFLE_WINDOW = 8192  # segments held to shuffle a stream
@@ -47,7 +47,8 @@ def lay_out(samples: Sequence[TokenSample], objective: Objective, settings: RowS
 
 def draw_visibility(sample: TokenSample, shares: Sequence[float], seed: int) -> Visibility:
     """By the sample's own tokens and the seed alone: the same in any batch, process or resumed run."""
-    ids = [*sample.background, *(token for branch in sample.branches for token in (*branch.prompt, *branch.answer))]
+    texts = [text for turn in sample.turns for text in members(turn)]
+    ids = [*sample.background, *(token for text in texts for token in (*text.prompt, *text.answer))]
     draw = zlib.crc32(np.asarray([seed, *ids], np.uint32).tobytes()) / 2**32
     place = np.searchsorted(np.cumsum(shares) / np.sum(shares), draw, side="right")
     return VISIBILITIES[int(place)]

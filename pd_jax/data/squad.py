@@ -17,7 +17,7 @@ import numpy as np
 
 from pd_jax.data.text import BadRows, tokenise, tokenise_background
 from pd_jax.errors import InputError, check_text
-from pd_jax.layout import Branch, Sample, TokenSample, fit
+from pd_jax.layout import Branch, Sample, TokenSample, fit, members
 
 OFFICIAL_URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset/{}-v1.1.json"
 OFFICIAL_FILES = {"train": "train", "validation": "dev"}  # split -> file name, for `rajpurkar/squad`
@@ -56,7 +56,7 @@ def load_squad(
     """
     path = Path(name)
     if path.is_file():
-        rows = _file_rows(path)
+        rows = file_rows(path)
     elif name.endswith(SUFFIXES):
         raise InputError(f"{name} does not exist; {ADVICE}")
     else:
@@ -119,7 +119,11 @@ def fitted_samples(
 
     Raises `InputError` when none of data set `name` fits.
     """
-    whole = [to_tokens(context, tokenizer, end) for context in contexts]
+    return fit_all([to_tokens(context, tokenizer, end) for context in contexts], length, name)
+
+
+def fit_all(whole: Sequence[TokenSample], length: int, name: str) -> tuple[list[TokenSample], str]:
+    """The samples of data set `name` that fit into `length` tokens, and the line of `fitted_samples`."""
     fitted = [fit(sample, length) for sample in whole]
     kept = [sample for sample in fitted if sample is not None]
     cut = sum(new is not None and new is not old for new, old in zip(fitted, whole, strict=True))
@@ -128,8 +132,9 @@ def fitted_samples(
             f"no context of {name} fits --max-length {length}: the shortest needs "
             f"{min(len(s) - len(s.background) for s in whole)} tokens; raise it or lower --max-branches"
         )
+    questions = sum(len(members(turn)) for sample in kept for turn in sample.turns)
     return kept, (
-        f"{name}: {len(kept)} contexts, {sum(len(s.branches) for s in kept)} questions; {cut} backgrounds "
+        f"{name}: {len(kept)} contexts, {questions} questions; {cut} backgrounds "
         f"shortened and {len(whole) - len(kept)} contexts dropped to fit --max-length {length}"
     )
 
@@ -197,7 +202,7 @@ def _article_rows(articles: list[Any], source: str) -> Iterator[Located]:
                 yield f"{place}.qas[{q}]", {**qa, **above} if isinstance(qa, dict) else qa
 
 
-def _file_rows(path: Path) -> Iterable[Located]:
+def file_rows(path: Path) -> Iterable[Located]:
     """The rows of a local file in either layout."""
     if not path.name.endswith(SUFFIXES):
         raise InputError(f"{path} has no known suffix; {ADVICE}")

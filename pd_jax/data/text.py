@@ -10,7 +10,7 @@ import numpy as np
 
 from pd_jax.config import VISIBILITIES, check_choice
 from pd_jax.errors import InputError, shown
-from pd_jax.layout import CALL, Branch, Sample, TokenSample
+from pd_jax.layout import CALL, Branch, Sample, TokenSample, members
 
 log = logging.getLogger(__name__)
 
@@ -58,17 +58,19 @@ def check_ids(ids: Any, rows: int, name: str) -> None:
 
 def check_sample(sample: TokenSample, rows: int, name: str) -> None:
     """`check_ids` of all parts of a sample. Raises `InputError` for what cannot be decoded, too."""
-    branches = list(sample.branches) if isinstance(sample.branches, Iterable) else [None]
-    if not all(isinstance(branch, Branch) for branch in branches):
-        raise InputError(f"{name}: branches is {shown(sample.branches)}; pass [Branch(prompt=[1, 2]), ...], token ids")
     check_choice(f"{name}: visibility", sample.visibility or "columns", VISIBILITIES)
     check_ids(sample.background, rows, f"{name}, background")
-    for b, branch in enumerate(branches):
-        for ids in (branch.prompt, branch.answer, () if branch.end is None else (branch.end,)):
-            check_ids(ids, rows, f"{name}, branch {b}")
-    empty = [b for b, branch in enumerate(branches) if not len(branch.prompt)]
-    if empty or not branches:
-        raise InputError(f"{name}: " + (f"prompts {empty} have no tokens" if empty else "no branches"))
+    for number, turn in enumerate(sample.turns):
+        where = f"{name}, turn {number}" if number else name
+        branches: list[Any] = list(members(turn)) if isinstance(turn, Iterable | Branch) else [None]
+        if not all(isinstance(branch, Branch) for branch in branches):
+            raise InputError(f"{where}: branches is {shown(turn)}; pass [Branch(prompt=[1, 2]), ...], token ids")
+        for b, branch in enumerate(branches):
+            for ids in (branch.prompt, branch.answer, () if branch.end is None else (branch.end,)):
+                check_ids(ids, rows, f"{where}, branch {b}")
+        empty = [] if isinstance(turn, Branch) else [b for b, branch in enumerate(branches) if not len(branch.prompt)]
+        if empty or not (branches or sample.later):
+            raise InputError(f"{where}: " + (f"prompts {empty} have no tokens" if empty else "no branches"))
 
 
 def tokenise_samples(samples: Sequence[Sample | TokenSample], tokenizer: Any, rows: int) -> list[TokenSample]:

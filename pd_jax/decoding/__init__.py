@@ -4,6 +4,7 @@ from pd_jax.data.answers import BranchResult as BranchResult, Columns as Columns
 from pd_jax.decoding.decoder import ParallelDecoder as ParallelDecoder
 from pd_jax.decoding.prompts import Prompt as Prompt
 from pd_jax.decoding.sampling import Method as Method, SamplingParams as SamplingParams
+from pd_jax.decoding.session import Session as Session
 from pd_jax.decoding.steps import (
     BLOCK as BLOCK,
     Cache as Cache,

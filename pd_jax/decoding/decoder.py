@@ -33,7 +33,7 @@ from pd_jax.data.answers import Columns, Event, Result, Transcript, events, resu
 from pd_jax.data.text import check_ids, tokenise_samples
 from pd_jax.decoding.prompts import SMALLEST_ROW, Prompt, branch_limits, make_prompt, row_visibility
 from pd_jax.decoding.sampling import Method, SamplingOptions, SamplingParams
-from pd_jax.decoding.session import ROOM, Session
+from pd_jax.decoding.session import Session
 from pd_jax.decoding.steps import (
     BLOCK,
     BROKEN,
@@ -221,7 +221,7 @@ class ParallelDecoder:
         *,
         visibility: Visibility | None = None,
         chat_markup: bool = False,
-        room: int = ROOM,
+        room: int = 1024,
     ) -> Session:
         """Read a text or token ids once, to be asked about again and again: see `Session`.
 

@@ -18,7 +18,6 @@ from pd_jax.decoding.steps import BLOCK, PIECE, enlarge, extend, prefill
 from pd_jax.errors import InputError, check_text, check_whole, shown
 from pd_jax.layout import Branch, Sample, TokenSample, Turn, bucket, members
 
-ROOM = 1024  # tokens for which a cache has place behind the background before it grows
 SMALLEST_BLOCK = 64  # tokens; the smallest bucket of what is read at once behind the background
 Text = str | Sequence[int]  # or token ids
 Said = tuple[Columns, list[Transcript]]
@@ -36,9 +35,7 @@ class Session:
     that is left, or overtaken by another call, ends there: what it has said stays said.
     """
 
-    def __init__(
-        self, decoder: Any, background: Text, visibility: Visibility, chat_markup: bool = False, room: int = ROOM
-    ) -> None:
+    def __init__(self, decoder: Any, background: Text, visibility: Visibility, chat_markup: bool, room: int) -> None:
         check_choice("visibility", visibility, VISIBILITIES)
         if check_whole(room, "room") < 1:
             raise InputError(f"room is {room}; it must be 1 token or more")

@@ -113,7 +113,9 @@ class FinetuneFlags(TrainFlags):
         "./pretrained-columnar", "model directory, pd_jax checkpoint or hub id to start from", group=MODEL
     )
     output_dir: str = flag("./parallel-decoder-squad", "where the model and the run's state go", group=RUN)
-    dataset_name: str = flag("rajpurkar/squad", "hub id or file in SQuAD's format", group=DATA)
+    dataset_name: str = flag(
+        "rajpurkar/squad", "hub id or file in SQuAD's format, or .jsonl of rounds (docs/sessions.md)", group=DATA
+    )
     dataset_split: str = flag("train", "split of a hub data set", group=DATA)
     eval_dataset_name: str | None = flag(
         None, "data for the validation loss; for a hub data set its validation split is used", group=DATA

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pd_jax.attention import Call, check_backend
 from pd_jax.cli import given
 from pd_jax.config import MIX, SECTION, LoraConfig
-from pd_jax.data import fineweb, pipeline, squad
+from pd_jax.data import fineweb, pipeline, rounds, squad
 from pd_jax.data.prints import data_prints
 from pd_jax.data.text import BadRows
 from pd_jax.errors import InputError
@@ -102,10 +102,15 @@ def _finetune(flags: FinetuneFlags) -> None:
     rows = row_settings(flags, start, flags.max_length)
 
     def samples(name: str, split: str, limit: int | None) -> list[TokenSample]:
-        contexts = squad.load_squad(name, split, flags.local_files_only, bad)
         drawn = None if flags.first_samples else flags.seed
-        contexts = squad.select(contexts, flags.max_branches, flags.min_questions, limit, drawn)
-        kept, line = squad.fitted_samples(contexts, start.tokenizer, start.end, flags.max_length, name)
+        if rounds.holds_rounds(name):
+            check_needed(given(flags), "data in SQuAD's format", False, "max_branches", "min_questions")
+            whole = rounds.draw(rounds.load_rounds(name, start.tokenizer, start.end, bad), limit, drawn)
+            kept, line = squad.fit_all(whole, flags.max_length, name)
+        else:
+            contexts = squad.load_squad(name, split, flags.local_files_only, bad)
+            contexts = squad.select(contexts, flags.max_branches, flags.min_questions, limit, drawn)
+            kept, line = squad.fitted_samples(contexts, start.tokenizer, start.end, flags.max_length, name)
         say(line)
         return kept
 

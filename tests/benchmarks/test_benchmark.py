@@ -96,3 +96,14 @@ def test_columns():
     rows = [line.split("│")[1:-1] for line in text.splitlines() if "branch" in line]
     assert [(row[1].strip(), int(row[2])) for row in rows] == [("1 branch", 18), ("4 branches", 6)]
     assert float(rows[1][4]) > 1.0  # a third of the columns
+
+
+@pytest.mark.slow
+def test_sessions():
+    sizes = ["--background", "90", "--forks", "2", "--questions", "3", "--new-tokens", "4", "--repeat", "1"]
+    text = report("sessions", *sizes, "--passages", "2", "--passage-length", "40")
+    for name in ("session", "a call a fork", "transformers, kept cache"):
+        assert f"{name}: 100.0% of the first fork's tokens are those of 'a call a fork'" in text
+    assert "2 forks of 3 questions over 90 tokens" in text
+    assert "2 passages of 40 tokens and a question" in text
+    assert "branches and a join" in text
