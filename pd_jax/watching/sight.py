@@ -20,7 +20,7 @@ from pd_jax.params import Params
 
 LOOK_TOKENS = 1024  # of one row, at which a validation looks where attention goes
 SHUT = -4.0  # a sibling_bias below it lets less than 2 % through
-PLACES = ("background", "own branch", "siblings")  # the last axis of `attention_mass`
+PLACES = ("background", "own branch", "siblings")  # the last axis of `attention_mass`; joins count as background
 
 
 def watching(coordinates: Coordinates, visibility: RowVisibility) -> tuple[Callable[..., Array], list[Array]]:
