@@ -233,15 +233,18 @@ def test_the_trunk_sees_what_the_branches_say_and_later_branches_see_the_trunk()
         assert later != other_later
 
 
-def test_a_bias_of_minus_infinity_hides_no_branch_from_the_trunk():
+def test_a_bias_of_minus_infinity_hides_siblings_and_nothing_from_the_trunk():
     weights = params(PAIRED)
     layers = {**weights["layers"], "sibling_bias": np.full_like(weights["layers"]["sibling_bias"], -np.inf)}
-    answers = []
-    for visibility in ("columns", "isolated"):
-        shut = {**weights, "layers": layers}
-        ours = ParallelDecoder(PAIRED, shut, tiny.tokenizer(), NEVER, visibility=visibility)
-        answers.append([said(answer) for answer in play(ours.session(ids(0, 6)), STORY)])
-    assert answers[0] == answers[1]
+    columns, isolated = (
+        ParallelDecoder(PAIRED, {**weights, "layers": layers}, tiny.tokenizer(), NEVER, visibility=visibility)
+        for visibility in ("columns", "isolated")
+    )
+    answers = [said(answer) for answer in play(columns.session(ids(0, 6)), STORY)]
+    assert [said(answer) for answer in play(isolated.session(ids(0, 6)), STORY)] == answers
+    other = play(columns.session(ids(0, 6)), [([ids(1, 4), ids(99, 2), ids(3, 3)], [[6, 2, 5]]), STORY[1]])
+    assert said(other[0])[0] == answers[0][0]
+    assert said(other[1]) != answers[1]
 
 
 def test_branch_numbers_are_never_used_twice():
@@ -282,6 +285,7 @@ def test_a_stream_that_is_overtaken_ends_there():
 def test_reset_keeps_the_background_alone():
     session = decoder().session(ids(0, 6))
     first = play(session, STORY)
+    session.fork(STORY[0][0], max_new_tokens=40)  # so long that much of it is behind what comes after the reset
     session.reset(to="background")
     assert session.sample == TokenSample(ids(0, 6), (), "columns")
     assert play(session, STORY) == first
