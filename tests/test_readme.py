@@ -81,6 +81,16 @@ def test_every_flag_exists(command):
     parse(flags, [str(ROOT / a) if a.startswith("configs/") else a for a in argv])
 
 
+def test_the_api_reference_is_made(tmp_path):
+    [command] = [shlex.split(line) for line in COMMANDS if line.startswith("pdoc ")]
+    out = tmp_path / "api"
+    argv = [str(out) if a == "./api" else a for a in command]
+    subprocess.run([sys.executable, "-m", *argv], cwd=ROOT, check=True, capture_output=True)
+    page = (out / "pd_jax" / "decoding" / "decoder.html").read_text(encoding="utf-8")
+    assert "Answers many prompts over one background at once" in page  # the class's docstring
+    assert all((out / "pd_jax" / f"{name}.html").is_file() for name in ("layout", "columns", "sight"))
+
+
 @pytest.mark.slow
 def test_the_stages_run_in_order(tmp_path):
     """As they stand there, but for the hub's model and data, and small sizes."""
