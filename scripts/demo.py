@@ -7,6 +7,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pd_jax.cli import flag, given, parse, run
@@ -53,6 +54,8 @@ class Flags:
     seed: int = flag(0, "of the random numbers", group="decoding", minimum=0)
     verbose: bool = flag(False, "say how large the cache is", group="output")
     show_linear: bool = flag(False, "print the prompts column by column, as the model reads them", group="output")
+    html: str | None = flag(None, "file for a replay in a browser", group="output")
+    attention: bool = flag(False, "with --html: where the attention of every token goes", group="output")
 
 
 def samples(flags: Flags) -> "list[Sample]":
@@ -121,6 +124,8 @@ def main() -> None:
     # What can be wrong with the flags is found before the model is read.
     if "temperature" in given(flags) and not flags.do_sample:
         raise InputError(f"--temperature {flags.temperature} is for --do-sample; pass both, or leave it out")
+    if flags.attention and flags.html is None:
+        raise InputError("--attention is for --html; pass both, or leave it out")
     asked = samples(flags)
     params = SamplingParams(
         max_new_tokens=flags.max_new_tokens,
@@ -141,6 +146,12 @@ def main() -> None:
     )
     for sample in asked:
         answer(decoder, sample, params, flags.show_linear)
+    if flags.html is not None:
+        from pd_jax.replay import record, write_page
+
+        again = [(sample, *decoder.generate([sample], params=params)) for sample in asked]  # the tokens of `stream`
+        write_page([record(decoder, *each, attention=flags.attention) for each in again], Path(flags.html))
+        print(f"written: {flags.html}")
 
 
 if __name__ == "__main__":
