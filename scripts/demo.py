@@ -10,6 +10,7 @@ Without a model it takes the small one of this repository (scripts/quickstart-co
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,8 @@ class Flags:
     verbose: bool = flag(False, "say how large the cache is", group="output")
     json: bool = flag(False, "print one JSON object a text instead", group="output")
     show_linear: bool = flag(False, "print the prompts column by column, as the model reads them", group="output")
+    html: str | None = flag(None, "file for a replay in a browser", group="output")
+    attention: bool = flag(False, "with --html: where the attention of every token goes", group="output")
 
 
 def contexts(flags: Flags) -> list[tuple[str, list[str]]]:
@@ -160,6 +163,8 @@ def main() -> None:
         raise InputError(f"--temperature {flags.temperature} is for --do-sample; pass both, or leave it out")
     if flags.json and flags.show_linear:
         raise InputError("--json and --show-linear contradict each other; leave one out")
+    if flags.attention and flags.html is None:
+        raise InputError("--attention is for --html; pass both, or leave it out")
     asked = contexts(flags)
     params = SamplingParams(
         max_new_tokens=flags.max_new_tokens,
@@ -180,8 +185,10 @@ def main() -> None:
     )
     if flags.model_name is None and not flags.json:
         say(ABOUT_SMALL)
+    shown = []
     for text, questions in asked:
         sample = to_sample(Context("", text, tuple(Question("", q, ()) for q in questions)))
+        shown.append(sample)
         if flags.json:
             print(as_json(decoder, sample, questions, params), flush=True)
             continue
@@ -190,6 +197,12 @@ def main() -> None:
             print("\n".join(linear(decoder, sample)), end="\n\n")
         show(decoder, sample, questions, params)
         print()
+    if flags.html is not None:
+        from pd_jax.replay import record, write_page
+
+        again = [(sample, *decoder.generate([sample], params=params)) for sample in shown]  # the tokens of `stream`
+        write_page([record(decoder, *each, attention=flags.attention) for each in again], Path(flags.html))
+        print(f"written: {flags.html}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def test_every_error_of_ours_is_an_input_error():
     assert wrong == []
 
 
-@pytest.mark.parametrize("script", ["pretrain", "finetune", "evaluate", "demo", "answer", "quickstart"])
+@pytest.mark.parametrize("script", ["pretrain", "finetune", "evaluate", "demo", "answer", "quickstart", "visualize"])
 def test_help_is_grouped_and_does_not_wait_for_jax(script):
     code = f"import sys, runpy; sys.argv = ['x', '--help']; runpy.run_path('scripts/{script}.py', run_name='__main__')"
     code = f"import atexit, sys\natexit.register(lambda: print('JAX' if 'jax' in sys.modules else 'NONE'))\n{code}"

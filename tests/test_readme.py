@@ -102,6 +102,7 @@ def test_the_stages_run_in_order(tmp_path):
         "finetune": ["--dataset-name", squad, "--max-length", "160", "--max-steps", "2"],
         "evaluate": ["--dataset-name", squad, "--max-eval-samples", "2", "--max-new-tokens", "3", "--rows", "columns"],
         "demo": ["--max-new-tokens", "3"],
+        "visualize": [],
         "hf_to_flax": [],
         "flax_to_hf": [],
     }
@@ -132,3 +133,5 @@ def test_the_stages_run_in_order(tmp_path):
             assert "columns" in output
     assert ran == set(small)
     assert (tmp_path / "exported" / "model.safetensors").is_file()
+    assert (tmp_path / "replay.html").is_file()
+    assert (tmp_path / "pictures" / "mask.svg").is_file()

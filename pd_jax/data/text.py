@@ -92,3 +92,24 @@ def tokenise_samples(samples: Sequence[Sample | TokenSample], tokenizer: Any, ro
         check_sample(sample, rows, f"sample {i}")
         out.append(sample)
     return out
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What every token adds to the text, one after the other; joined, they are the text.
+
+    A character may be split over several tokens (an emoji often is): it stands at the last of them, the others add "".
+    """
+    out: list[str] = []
+    start = said = 0  # start..said is told already, and decoded again: what a token adds depends on the one before
+    for end in range(1, len(ids) + 1):
+        before, now = (_decoded(tokenizer, ids[start:stop]) for stop in (said, end))
+        if now.endswith("\ufffd") and end < len(ids):  # a character whose bytes have not all come
+            out.append("")
+            continue
+        out.append(now[len(before) :])
+        start, said = said, end
+    return out
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -10,6 +10,7 @@ from pd_jax.decoding.steps import (
     State as State,
     cache_bytes as cache_bytes,
     decode_block as decode_block,
+    encode as encode,
     prefill as prefill,
     unstack as unstack,
 )

@@ -179,9 +179,7 @@ class ParallelDecoder:
         max_position_embeddings, and a cache that does not fit in the device's memory; all before anything compiles.
         """
         asked = self._tokenise(samples)
-        transcripts: list[list[Transcript]] = []
-        for _, transcripts in self._run(asked, SamplingParams.of(params, options), BLOCK):  # noqa: B007, the last counts
-            pass
+        *_, (_, transcripts) = self._run(asked, SamplingParams.of(params, options), BLOCK)
         return [
             Result(tuple(t.result() for t in branches), max(t.columns for t in branches), len(sample))
             for sample, branches in zip(asked, transcripts, strict=True)
@@ -222,7 +220,7 @@ class ParallelDecoder:
         Needed are tokens, branch, column, segment and valid; prompt only when the visibility is "prompts". Samples are
         seen as their own visibility says, as the decoder's where they have none.
         """
-        return self._on_rows(row_logits, layout)[:, : np.shape(layout["tokens"])[1]]
+        return self.on_rows(row_logits, layout)[:, : np.shape(layout["tokens"])[1]]
 
     def attention(self, layout: Layout | Mapping[str, Any]) -> np.ndarray:
         """Where the tokens of branches look, float32 [S, L, N, 3]: mean shares of their attention on the background,
@@ -230,7 +228,7 @@ class ParallelDecoder:
 
         All scores of a layer are in memory at once. A row without branches is NaN.
         """
-        return self._on_rows(row_attention, layout)
+        return self.on_rows(row_attention, layout)
 
     def sibling_effect(self, layout: Layout | Mapping[str, Any]) -> np.ndarray:
         """How much the siblings change what every branch would say, float32 [S, B]: the mean change of the logits of
@@ -247,8 +245,9 @@ class ParallelDecoder:
         with np.errstate(invalid="ignore"):
             return (np.where(there, change[:, None], 0).sum(-1) / there.sum(-1)).astype(np.float32)
 
-    def _on_rows(self, run: Callable[..., Array], layout: Layout | Mapping[str, Any]) -> np.ndarray:
-        """What `steps.row_logits` or `steps.row_attention` says of rows, padded to a bucket."""
+    def on_rows(self, run: Callable[..., Array], layout: Layout | Mapping[str, Any]) -> np.ndarray:
+        """What a jitted function (weights, tokens, coordinates, *, program) says of rows as `logits` takes them, padded
+        to a bucket: `steps.row_logits`, or another that looks into a forward (`pd_jax.replay` does)."""
         given = set(layout.keys())
         shape = np.shape(layout["tokens"])
         arrays = {name: np.asarray(layout[name]) for name in ("tokens", "branch", "column", "segment", "valid")}

@@ -64,9 +64,7 @@ def make_prompt(
         if cut:
             forced |= {(r, b): branch.prompt[shortest:] for b, branch in enumerate(sample.branches)}
         background = _crc(sample.background)  # nothing of the siblings, the batch or its order
-        stream[r, : len(sample.branches)] = [
-            _crc((background, _crc(x.prompt), b)) for b, x in enumerate(sample.branches)
-        ]
+        stream[r, : len(prompts)] = [_crc((background, _crc(x.prompt), b)) for b, x in enumerate(sample.branches)]
     layout = build_layout(rows, bucket(max(len(row[0]) for row in rows if row), SMALLEST_ROW), align)
     last, first, forced_count, limit = (np.zeros((s, n), np.int32) for _ in range(4))
     for r, row in enumerate(rows[: len(samples)]):

@@ -313,9 +313,8 @@ def decode_block(
 
 def enlarge(state: State, slots: int) -> State:
     """The state with a cache of `slots` slots. Layer by layer: the old and the new cache never exist together."""
-    cache = state.cache
-    for i, (k, v) in enumerate(cache):
-        cache[i] = _grow(k, slots, 1), _grow(v, slots, 1)
+    for i, (k, v) in enumerate(state.cache):
+        state.cache[i] = _grow(k, slots, 1), _grow(v, slots, 1)
     coordinates = jax.tree.map(lambda array: _grow(array, slots, 1), state.coordinates)
     return dataclasses.replace(state, coordinates=coordinates)
 

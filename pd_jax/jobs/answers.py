@@ -107,14 +107,22 @@ def answer_requests(
     """Append the answers of `requests` that are not `done` to `file`. `advance` is told how many documents and tokens
     of answers have been added. Documents of about the same length are answered together."""
     waiting = (request for request in requests if request.line not in done)
-    for batch in _batches(waiting, decoder, settings, bad):
+    for batch in answer_batches(decoder, waiting, settings, bad):
+        for request, _, result in batch:
+            file.write(_as_line(_record(request, result)))
+        file.flush()
+        advance(len(batch), sum(len(branch.token_ids) for _, _, result in batch for branch in result.branches))
+
+
+def answer_batches(
+    decoder: ParallelDecoder, requests: Iterator[Request], settings: Settings, bad: BadRows
+) -> Iterator[list[tuple[Request, TokenSample, Result]]]:
+    """Requests with their tokens and answers, a batch at a time; those of about the same length together."""
+    for batch in _batches(requests, decoder, settings, bad):
         asked = [sample for _, sample in batch]
         limits = [_limits(request, settings) for request, _ in batch]
         results = decoder.generate(asked, max_new_tokens=limits, stop=settings.stop)
-        for (request, _), result in zip(batch, results, strict=True):
-            file.write(_as_line(_record(request, result)))
-        file.flush()
-        advance(len(batch), sum(len(branch.token_ids) for result in results for branch in result.branches))
+        yield [(*pair, result) for pair, result in zip(batch, results, strict=True)]
 
 
 def _as_line(record: dict[str, Any]) -> bytes:
