@@ -10,6 +10,7 @@ import tiny
 
 from pd_jax import ParallelDecoder, Sample
 from pd_jax.files import load_config, save_model, write_params
+from pd_jax.jobs import one_line
 from pd_jax.params import init_params
 
 DOCUMENTS = [
@@ -196,6 +197,7 @@ def test_the_demo_s_replay_shows_what_it_printed(tmp_path, command, model, capsy
     (made,) = replayed(page)
     printed = capsys.readouterr().out
     for branch in (1, 2):
-        said = "".join(text for text, b in zip(made["text"], made["branch"], strict=True) if b == branch)
-        assert said.strip() in printed
+        cells = zip(made["branch"], made["kind"], made["text"], strict=True)
+        said = "".join(text for b, kind, text in cells if (b, kind) == (branch, 2))
+        assert f"  {one_line(said.strip())}\n" in printed
     assert made["attention"] is None
