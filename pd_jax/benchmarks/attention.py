@@ -40,11 +40,13 @@ def time_attention(flags: AttentionFlags) -> None:
         f"attention on {jax.devices()[0].device_kind}, {jnp.dtype(dtype).name}: {flags.batch} rows, {flags.heads}/"
         f"{flags.kv_heads} heads of {flags.head_dim}, {flags.branches} branches"
     )
+    said: set[str] = set()
     for tokens in flags.tokens:
         for backward in (False, True):
             contenders, skipped = side_by_side(flags, tokens, dtype, backward)
-            for reason in skipped:
+            for reason in sorted({*skipped} - said):
                 print(f"skipped: {reason}")
+            said.update(skipped)
             name = "forward and backward" if backward else "forward"
             table(f"{tokens} tokens, {name}", contenders, fastest(contenders, flags.repeat, on_cpu), "causal")
     if on_cpu and flags.model:
@@ -84,7 +86,9 @@ def side_by_side(
             skipped.append(str(error))
             continue
         if 1e6 * (contender.memory or 0) > room:
-            skipped.append(f"{backend}: {tokens} tokens take {contender.memory:.0f} MB, the device has {room / 1e6:.0f}")
+            skipped.append(
+                f"{backend}: {tokens} tokens take {contender.memory:.0f} MB, the device has {room / 1e6:.0f}"
+            )
             continue
         contenders[backend] = contender
     if torch and jax.default_backend() == "cpu":
