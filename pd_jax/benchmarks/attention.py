@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pd_jax.benchmarks.models import equal_branches
 from pd_jax.benchmarks.timing import Contender, compiled, fastest, import_torch, table
-from pd_jax.benchmarks.training import time_training
+from pd_jax.benchmarks.training import TrainFlags, time_training
 from pd_jax.cli import flag
 from pd_jax.config import Backend
 from pd_jax.errors import InputError
@@ -27,7 +27,7 @@ class AttentionFlags:
         ("dense", "chunked", "splash", "tokamax", "cudnn"), "those that cannot run are said"
     )
     repeat: int = flag(3, "calls of which the fastest counts", minimum=1)
-    model: bool = flag(True, "on a CPU also time training a 29M model, forward and backward, against torch")
+    model: bool = flag(True, "on a CPU also time training steps of a 29M model, as `train` does")
 
 
 def time_attention(flags: AttentionFlags) -> None:
@@ -50,7 +50,7 @@ def time_attention(flags: AttentionFlags) -> None:
             name = "forward and backward" if backward else "forward"
             table(f"{tokens} tokens, {name}", contenders, fastest(contenders, flags.repeat, on_cpu), "causal")
     if on_cpu and flags.model:
-        time_training(flags.repeat)
+        time_training(TrainFlags(attention=("dense", "chunked"), targets=(1.0, 0.0625), repeat=flags.repeat))
 
 
 def side_by_side(

@@ -244,7 +244,8 @@ def time_decoding(flags: DecodeFlags) -> None:
                 for name in (MATRICES, *ours, *single, *theirs):
                     key, times = ((single[name], 1), n) if name in single else ((name, n), 1)
                     if (*key, new) not in timings:
-                        print(f"skipped: {name}, {n} branches over {length} tokens: beyond --patience {flags.patience}")
+                        why = f"no memory, or no --patience {flags.patience}"
+                        print(f"skipped: {name}, {n} branches over {length} tokens: {why}")
                         continue
                     timing = timings[*key, new]
                     whole = name != MATRICES  # calls, not columns only

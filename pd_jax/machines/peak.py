@@ -25,13 +25,13 @@ def least_seconds(call: Callable[[], Any], repeat: int = 10, queue: int = 1, cpu
     return best
 
 
-def matrix_flops(size: int = 1024, dtype: str = "float32") -> float:
+def matrix_flops(size: int = 1024, dtype: str = "float32", cpu_time: bool = False) -> float:
     """FLOP/s of the product of two square matrices."""
     import jax
     import jax.numpy as jnp
 
     x, product = jnp.full((size, size), 1.0, dtype), jax.jit(jnp.dot)
-    return 2 * size**3 / least_seconds(lambda: product(x, x), queue=_queue())
+    return 2 * size**3 / least_seconds(lambda: product(x, x), 10, _queue(), cpu_time)
 
 
 def memory_bandwidth(size: int = 256 << 20, cpu_time: bool = False) -> float:
@@ -54,13 +54,13 @@ def _queue() -> int:
     return 1 if jax.default_backend() == "cpu" else 10
 
 
-def peak_flops() -> tuple[float, str]:
+def peak_flops(cpu_time: bool = False) -> tuple[float, str]:
     """FLOP/s of one device and where the figure is from: its data sheet, or where none is known a matrix product timed
-    here and now in float32."""
+    here and now in float32 (by this process's time with `cpu_time`)."""
     import jax
 
     kind = jax.local_devices()[0].device_kind
     machine = data_sheet(kind)
     if machine is not None:
         return machine.flops, f"{machine.kind} data sheet"
-    return matrix_flops(), f"a 1024 x 1024 product timed on {kind}"
+    return matrix_flops(cpu_time=cpu_time), f"a 1024 x 1024 product timed on {kind}"
