@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from pd_jax.benchmarks import AblateFlags
+from pd_jax.benchmarks import AblateFlags, DoctorFlags
 from pd_jax.config import SECTION
 from pd_jax.evaluation import EvaluateFlags
 from pd_jax.planning import PlanFlags
@@ -35,6 +35,7 @@ STAGES, OTHERS = (
 )
 FLAGS = {
     "ablate": AblateFlags,
+    "doctor": DoctorFlags,
     "pretrain": PretrainFlags,
     "finetune": FinetuneFlags,
     "evaluate": EvaluateFlags,
