@@ -44,7 +44,7 @@ def forward(
 
     `remat` says what the backward pass recomputes; `constrain` pins the hidden states [B, T, D] to a mesh.
     `adapters` is a LoRA tree beside `params` (`pd_jax.lora`), `lora` its settings; without `dropout_key` there is no
-    dropout. `backend` is one of `config.BACKENDS`.
+    dropout. `backend` is one of `config.Backend`.
     """
     rope = rope_tables(config, coordinates.branch, coordinates.column)
     attend = make_attention(coordinates, visibility, backend)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from pd_jax.attention import chunked, nvidia, splash
 from pd_jax.attention.dense import dense_attention, sibling_scores
 from pd_jax.columns import Coordinates, column_mask, sibling_mask
-from pd_jax.config import BACKENDS, ROW_VISIBILITIES, Backend, RowVisibility, check_choice
+from pd_jax.config import Backend, RowVisibility, check_choice
 from pd_jax.errors import InputError
 from pd_jax.machines import wrong_backends
 from pd_jax.mesh import compile_target
@@ -131,8 +131,8 @@ def make_attention(
     cannot run. `dense` and `chunked` take tokens in any order; the kernels need the column-major order of
     `pd_jax.layout` and give NaN without it.
     """
-    check_choice("visibility", visibility, ROW_VISIBILITIES)
-    check_choice("attention backend", backend, BACKENDS)
+    check_choice("visibility", visibility, RowVisibility)
+    check_choice("attention backend", backend, Backend)
     platform, device_kind = compile_target()
     tokens = coordinates.column.shape[-1]
     tile = TILE if platform != "cpu" else CPU_TILE if tokens < 1024 else CPU_LONG_TILE

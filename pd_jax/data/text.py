@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pd_jax.config import VISIBILITIES, check_choice
+from pd_jax.config import Visibility, check_choice
 from pd_jax.errors import InputError, shown
 from pd_jax.layout import CALL, Branch, Sample, TokenSample
 
@@ -61,7 +61,7 @@ def check_sample(sample: TokenSample, rows: int, name: str) -> None:
     branches = list(sample.branches) if isinstance(sample.branches, Iterable) else [None]
     if not all(isinstance(branch, Branch) for branch in branches):
         raise InputError(f"{name}: branches is {shown(sample.branches)}; pass [Branch(prompt=[1, 2]), ...], token ids")
-    check_choice(f"{name}: visibility", sample.visibility or "columns", VISIBILITIES)
+    check_choice(f"{name}: visibility", sample.visibility or "columns", Visibility)
     check_ids(sample.background, rows, f"{name}, background")
     for b, branch in enumerate(branches):
         for ids in (branch.prompt, branch.answer, () if branch.end is None else (branch.end,)):

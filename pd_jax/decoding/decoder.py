@@ -16,18 +16,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from pd_jax.columns import Coordinates
-from pd_jax.config import (
-    ALIGNMENTS,
-    DTYPES,
-    MIX,
-    VISIBILITIES,
-    Align,
-    Dtype,
-    ModelConfig,
-    RowVisibility,
-    Visibility,
-    check_choice,
-)
+from pd_jax.config import MIX, VISIBILITIES, Align, Dtype, ModelConfig, RowVisibility, Visibility, check_choice
 from pd_jax.data.text import check_ids, tokenise_samples
 from pd_jax.decoding.answers import Columns, Event, Result, Transcript
 from pd_jax.decoding.prompts import SMALLEST_ROW, Prompt, branch_limits, make_prompt, row_visibility
@@ -55,9 +44,9 @@ log = logging.getLogger(__name__)
 
 
 def _check_settings(dtype: str, visibility: str | None, align: str | None) -> None:
-    check_choice("dtype", dtype, DTYPES)
-    check_choice("visibility", visibility or "columns", VISIBILITIES)
-    check_choice("align", align or "left", ALIGNMENTS)
+    check_choice("dtype", dtype, Dtype)
+    check_choice("visibility", visibility or "columns", Visibility)
+    check_choice("align", align or "left", Align)
 
 
 def _check_mesh(config: ModelConfig, mesh: Mesh | None) -> None:
