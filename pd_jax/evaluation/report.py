@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pd_jax.evaluation.look import sight_line
 from pd_jax.evaluation.results import Quality, Results, RowSummary, Summary
+from pd_jax.machines import write_whole
 
 TextTable = tuple[str, list[str], list[list[str]]]  # title, header, lines
 Score = Literal["em", "f1"]
@@ -197,7 +198,8 @@ def write_report(results: Results, path: Path) -> None:
 
         sight += [f"<p>{html.escape(sight_line(name, entry))}.</p>", _picture(attention_figure(entry["attention"]))]
     lines = [[name, json.dumps(value, ensure_ascii=False)] for name, value in facts.items()]
-    path.write_text(
+    write_whole(
+        path,
         "\n".join(
             [
                 f"<!doctype html><meta charset='utf-8'><title>Evaluation</title><style>{STYLE}</style>",
@@ -211,5 +213,4 @@ def write_report(results: Results, path: Path) -> None:
                 _html_table("How it was measured", ["what", "value"], lines),
             ]
         ),
-        encoding="utf-8",
     )

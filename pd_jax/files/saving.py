@@ -31,11 +31,12 @@ COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
 
 
 STAGE, LOCK = ".partial", ".lock"  # inside a directory that is written: what is not complete, and who writes
+PROBE, RUN_STAGE = ".probe", ".run.json.partial"  # a proof that it can be written, and a run.json that is not complete
 
 
 def left_in(directory: Path) -> list[Path]:
     """What `directory` holds, beside what a process that was killed may have left there."""
-    return [path for path in directory.iterdir() if path.name not in (STAGE, LOCK)]
+    return [path for path in directory.iterdir() if path.name not in (STAGE, LOCK, PROBE, RUN_STAGE)]
 
 
 @contextmanager
@@ -69,7 +70,7 @@ def prove_saving(directory: Path, needed: int) -> None:
     a small file takes the way of the model, and is read back. Only process 0 looks."""
     if jax.process_index() != 0:
         return
-    probe = directory / ".probe"
+    probe = directory / PROBE
     try:
         with staging(directory, last=probe.name) as stage:
             (stage / probe.name).write_bytes(b"pd_jax")
