@@ -31,12 +31,18 @@ COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
 
 
 STAGE, LOCK = ".partial", ".lock"  # inside a directory that is written: what is not complete, and who writes
+MOVING = ".moving"  # inside STAGE: the names of what has begun to move out of it, the last one last
 PROBE, RUN_STAGE = ".probe", ".run.json.partial"  # a proof that it can be written, and a run.json that is not complete
 
 
 def left_in(directory: Path) -> list[Path]:
-    """What `directory` holds, beside what a process that was killed may have left there."""
-    return [path for path in directory.iterdir() if path.name not in (STAGE, LOCK, PROBE, RUN_STAGE)]
+    """What `directory` holds, beside what a process that was killed may have left there: also files that it had moved
+    already, until the last one is there."""
+    moving = directory / STAGE / MOVING
+    moved = moving.read_text(encoding="utf-8").splitlines() if moving.is_file() else []
+    if moved and (directory / moved[-1]).exists():
+        moved = []
+    return [path for path in directory.iterdir() if path.name not in (STAGE, LOCK, PROBE, RUN_STAGE, *moved)]
 
 
 @contextmanager
@@ -54,6 +60,7 @@ def staging(directory: Path, last: str = "config.json") -> Generator[Path]:
         stage.mkdir()
         yield stage
         names = sorted((path.name for path in stage.iterdir()), key=last.__eq__)
+        (stage / MOVING).write_text("\n".join(names), encoding="utf-8")
         (directory / last).unlink(missing_ok=True)
         for name in names:
             if (directory / name).is_dir():
