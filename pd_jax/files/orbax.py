@@ -85,14 +85,18 @@ def digest(tree: Any, dtype: Dtype | None = None) -> list[int]:
 
     Whatever the devices, the sums are the same: they are of integers, modulo 2^32.
     """
+    return [int(total) for total in jax.tree.leaves(_sums(tree, dtype))]
 
+
+@partial(jax.jit, static_argnames="dtype")  # here, not in `digest`: else every call would compile it, and keep it
+def _sums(tree: Any, dtype: Dtype | None) -> Any:
     def one(x: jax.Array) -> jax.Array:
         x = x if dtype is None else x.astype(dtype)
         bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
         places = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
         return jnp.sum(bits * (2 * places + 1), dtype=jnp.uint32)  # odd: the change of any one bit stays
 
-    return [int(total) for total in jax.tree.leaves(jax.jit(partial(jax.tree.map, one))(tree))]
+    return jax.tree.map(one, tree)
 
 
 def write_checkpoint(path: Path, params: Params) -> None:

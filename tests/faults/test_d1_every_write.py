@@ -117,7 +117,9 @@ def predictions(out, model):
         lambda: lambda batch, limit, _: Decoded([[[5]] for _ in batch], [[True] for _ in batch], 1, 1, 1),
         CONTEXTS,
         tiny.tokenizer(),
-        conditions=Conditions(max_new_tokens=1, batch_size=2, repeats=0, dtype="float32", align=None, pair_indices=None),
+        conditions=Conditions(
+            max_new_tokens=1, batch_size=2, repeats=0, dtype="float32", align=None, pair_indices=None
+        ),
         settings=settings,
         path=path,
         advance=lambda n: None,
