@@ -117,4 +117,6 @@ def root_cause(error: BaseException) -> str:
     """Orbax wraps every failure in a page about handlers; the reason is at the bottom of the chain."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # ty: ignore[invalid-assignment]
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    text = str(error).strip().partition("\n")[0]
+    text = text if len(text) <= 400 else f"{text[:100]} ... {text[-300:]}"  # tensorstore says all of its settings
+    return f"{type(error).__name__}: {text}"

@@ -53,7 +53,7 @@ def staging(directory: Path, last: str = "config.json") -> Generator[Path]:
     New files replace those of the same name and the rest stays: the file `last` goes away first and comes last, so that
     what an interruption leaves behind never looks complete.
     """
-    new, stage = not directory.exists(), directory / STAGE
+    new, stage, moving = not directory.exists(), directory / STAGE, False
     directory.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(stage, ignore_errors=True)
     try:
@@ -61,13 +61,16 @@ def staging(directory: Path, last: str = "config.json") -> Generator[Path]:
         yield stage
         names = sorted((path.name for path in stage.iterdir()), key=last.__eq__)
         (stage / MOVING).write_text("\n".join(names), encoding="utf-8")
+        moving = True
         (directory / last).unlink(missing_ok=True)
         for name in names:
             if (directory / name).is_dir():
                 shutil.rmtree(directory / name)
             os.replace(stage / name, directory / name)
+        moving = False
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if not moving:  # else it says what has moved, as after a kill
+            shutil.rmtree(stage, ignore_errors=True)
         if new and not any(directory.iterdir()):
             directory.rmdir()
 
