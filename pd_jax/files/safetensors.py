@@ -70,7 +70,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
             found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except SafetensorError as error:
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is truncated or damaged ({error}); download it again") from None
     for name, (dtype, _) in found.items():
         if dtype not in DTYPES:
@@ -217,7 +219,7 @@ def write_safetensors(path: Path, tensors: dict[str, Pending]) -> None:
         for _, _, make in tensors.values():
             # A transposed view must become contiguous first: its bytes are in another order than its elements.
             # Not `tofile`, which does not say why a disk takes no more.
-            file.write(np.ascontiguousarray(make()).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(make()).reshape(-1).view(np.uint8).data)
 
 
 def write_params(

@@ -2,8 +2,8 @@
 
 The command says one line and ends with exit code 2 (Ctrl-C: 130), nothing that is complete is lost, nothing that is not
 looks complete; and the same command run again makes what an undisturbed one makes. These are the rows that need
-processes, signals and file systems; `test_d1_every_write` tries every single write, and `test_d1_checkpoints` every file
-of a checkpoint.
+processes, signals and file systems; `test_d1_every_write` tries every single write, `test_d1_checkpoints` every file of
+a checkpoint.
 """
 
 import contextlib
