@@ -22,6 +22,7 @@ from typing import Any
 
 from pd_jax.cli import flag, parse, run
 from pd_jax.errors import InputError
+from pd_jax.machines import write_whole
 
 ROOT = Path(__file__).parents[1]
 TRAIN, EVAL = "training", "evaluation"
@@ -367,9 +368,7 @@ def write_page(flags: Flags, out: Path, stages: Sequence[Sequence[Job]]) -> None
         f"```bash\n{commands}\n```",
         f"{processor()}, float32, one core a command. {versions}.",
     ]
-    page = Path(flags.page)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_whole(Path(flags.page), "\n\n".join(parts) + "\n")
 
 
 def main() -> None:

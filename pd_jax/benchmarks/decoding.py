@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pd_jax.benchmarks.models import in_transformers, shape_of, tokens_only
 from pd_jax.benchmarks.timing import Contender, Moment, compiled, fastest, import_torch
 from pd_jax.cli import flag
-from pd_jax.machines import memory_bandwidth
+from pd_jax.machines import memory_bandwidth, write_whole
 
 
 @dataclass(frozen=True)
@@ -288,5 +288,5 @@ def time_decoding(flags: DecodeFlags) -> None:
     if flags.output is not None:
         about = {"model": flags.model, "dtype": dtype, "device": device.device_kind, "threads": flags.threads}
         about |= {"clock": clock, "load": load, "bandwidth": speed, "rows": [asdict(row) for row in rows]}
-        Path(flags.output).write_text(json.dumps(about, indent=2) + "\n")
+        write_whole(Path(flags.output), json.dumps(about, indent=2) + "\n")
         draw_decoding(about, Path(flags.output).with_suffix(".png"))

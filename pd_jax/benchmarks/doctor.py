@@ -23,7 +23,7 @@ from pd_jax.benchmarks.timing import Contender, fastest
 from pd_jax.cli import flag
 from pd_jax.config import Align, Backend, Dtype
 from pd_jax.errors import InputError
-from pd_jax.machines import data_sheet, least_seconds, matrix_flops, memory_bandwidth, report_path
+from pd_jax.machines import data_sheet, least_seconds, matrix_flops, memory_bandwidth, report_path, write_whole
 
 Verdict = Literal["ok", "slow", "WRONG"]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "torch", "tokamax", "libtpu")
@@ -101,10 +101,10 @@ def examine(flags: DoctorFlags) -> bool:
         # From the checks of attention on, `auto` knows.
         report["wrong_backends"] = sorted({f.wrong_backend for f in findings if f.wrong_backend})
         if name == "attention":
-            _write(path, report)
+            write_whole(path, _text(report))
     report |= {"figures": ward.figures, "findings": [finding._asdict() for finding in findings]}
     for file in {path, Path(flags.output or path)}:
-        _write(file, report)
+        write_whole(file, _text(report))
 
     table = Table(title=f"pd_jax on {device.device_kind}")
     for name in ("part", "what", "figure", "verdict"):
@@ -143,9 +143,8 @@ def _versions() -> Iterator[tuple[str, str]]:
             continue
 
 
-def _write(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+def _text(report: dict[str, Any]) -> str:
+    return json.dumps(report, indent=2) + "\n"
 
 
 def _errors(errors: dict[str, float]) -> str:

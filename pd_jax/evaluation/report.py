@@ -16,6 +16,7 @@ from pd_jax.evaluation.look import sight_line
 from pd_jax.evaluation.metrics import FEWEST, answer_of, normalize, score
 from pd_jax.evaluation.results import Quality, Results, RowSummary, Summary
 from pd_jax.evaluation.ways import default_models, parse_rows
+from pd_jax.machines import write_whole
 
 TextTable = tuple[str, list[str], list[list[str]]]  # title, header, lines
 Score = Literal["em", "f1"]
@@ -322,7 +323,8 @@ def write_report(results: Results, path: Path) -> None:
 
             sight.append(_svg(attention_figure(entry["attention"]), f"{sight_line(name, entry)}."))
     lines = [[name, json.dumps(value, ensure_ascii=False)] for name, value in facts.items()]
-    path.write_text(
+    write_whole(
+        path,
         "\n".join(
             [
                 "<!doctype html><html lang='en'><meta charset='utf-8'>",
@@ -341,5 +343,4 @@ def write_report(results: Results, path: Path) -> None:
             ]
         )
         + "\n",
-        encoding="utf-8",
     )

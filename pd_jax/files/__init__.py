@@ -13,6 +13,7 @@ from pd_jax.files.directories import (
     load_params as load_params,
     load_tokenizer as load_tokenizer,
 )
+from pd_jax.files.events import EventFile as EventFile
 from pd_jax.files.export import export_model as export_model, import_model as import_model
 from pd_jax.files.find import (
     ADAPTER_CONFIG as ADAPTER_CONFIG,

@@ -6,10 +6,9 @@ line that a kill cut short is dropped; every other one is kept, and none is made
 
 import fcntl
 import json
-import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +19,7 @@ from pd_jax.decoding import ParallelDecoder, Result
 from pd_jax.errors import InputError
 from pd_jax.jobs.requests import Request
 from pd_jax.layout import TokenSample
+from pd_jax.machines import naming, write_whole
 
 WINDOW = 64  # batches that are sorted by length together: rows of a batch wait for its longest
 
@@ -49,28 +49,23 @@ def open_answers(output: Path, about: dict[str, Any]) -> Generator[tuple[IO[byte
         file = partial.open("a+b")
     except OSError as error:
         raise InputError(f"--output {output} cannot be written ({error}); choose another") from None
-    with file:
+    with naming(partial), file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{partial} is being written by another process; wait for it") from None
-        done = _go_on(file, partial, about)
         try:
-            yield file, done
+            with naming(partial):
+                yield file, _go_on(file, partial, about)
         except BaseException:
-            file.flush()
-            if len(partial.read_bytes().splitlines()) == 1:
+            with suppress(OSError):
+                file.flush()
+            if len(partial.read_bytes().splitlines()) <= 1:
                 partial.unlink()  # nothing has been answered: nothing is left behind
             raise
-        file.flush()
         file.seek(0)
-        records = sorted(map(json.loads, file.read().splitlines()[1:]), key=lambda record: record["line"])
-        stage = output.with_name(f".{output.name}")
-        with stage.open("wb") as out:
-            for record in records:
-                del record["line"]
-                out.write(_as_line(record))
-        os.replace(stage, output)
+        records = sorted(map(json.loads, file.read().splitlines()[1:]), key=lambda record: record.pop("line"))
+        write_whole(output, b"".join(map(_as_line, records)))
         partial.unlink()
 
 

@@ -1,8 +1,9 @@
-"""Machines: what they can do by their data sheets and as measured, and how much memory a piece of work takes.
+"""Machines: what they can do by their data sheets and as measured, what memory a piece of work takes, disks.
 
 No jax when imported.
 """
 
+from pd_jax.machines.disks import naming, write_whole
 from pd_jax.machines.measured import measured, report_path, wrong_backends
 from pd_jax.machines.memory import PeakMemory, peak_bytes
 from pd_jax.machines.peak import least_seconds, matrix_flops, memory_bandwidth, peak_flops
@@ -11,5 +12,5 @@ from pd_jax.machines.sheets import GIB, MACHINES, Machine, data_sheet
 from pd_jax.machines.trace import Trace
 
 __all__ = ["GIB", "MACHINES", "Machine", "PeakMemory", "Trace", "data_sheet", "least_seconds", "matrix_flops"]
-__all__ += ["measured", "memory_bandwidth", "on_tpu_vm", "peak_bytes", "peak_flops", "report_path", "start_processes"]
-__all__ += ["stop_signal", "wrong_backends"]
+__all__ += ["measured", "memory_bandwidth", "naming", "on_tpu_vm", "peak_bytes", "peak_flops", "report_path"]
+__all__ += ["start_processes", "stop_signal", "write_whole", "wrong_backends"]

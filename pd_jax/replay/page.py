@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pd_jax.errors import InputError
+from pd_jax.machines import write_whole
 
 TEMPLATE = Path(__file__).with_name("page.html")
 # JSON stands inside a <script>, where only these could end it or be read as markup.
@@ -19,7 +20,6 @@ def write_page(records: Sequence[dict[str, Any]], path: Path) -> None:
         raise InputError(f"--html {path} would show nothing; no document fits, or there is none")
     data = json.dumps(list(records), ensure_ascii=False, separators=(",", ":")).translate(ESCAPES)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(TEMPLATE.read_text(encoding="utf-8").replace("RECORDS", data), encoding="utf-8")
+        write_whole(path, TEMPLATE.read_text(encoding="utf-8").replace("RECORDS", data))
     except OSError as error:
         raise InputError(f"--html {path} cannot be written ({error}); choose another") from None
