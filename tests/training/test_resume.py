@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     said = full.communicate()[0]
     assert full.returncode == 2, said
     assert "could not be saved" in said
-    assert said.splitlines()[-1].startswith("error: ")  # above it orbax's threads say what they like
+    assert sum(line.startswith("error: ") for line in said.splitlines()) == 1  # orbax's threads say more
     assert saved_steps(output) == ["4"]
     assert not (output / "config.json").exists()
     again = launch(pretrain_flags(output, **SAVING))
