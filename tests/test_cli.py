@@ -82,6 +82,25 @@ def test_what_a_user_can_mend_is_one_line(capsys):
     assert capsys.readouterr().err == "error: unrecognized argument --mod (did you mean --mode?)\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (OSError(28, "No space left on device", "/x/y"), 2, "error: [Errno 28] No space left on device: '/x/y'\n"),
+        (ConnectionError("two\nlines"), 2, "error: two lines\n"),
+        (FloatingPointError("nan"), 1, "error: nan\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted; the same command run again goes on or begins anew\n"),
+    ],
+)
+def test_what_the_system_says_is_one_line(capsys, error, code, line):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        run(main)
+    assert exit.value.code == code
+    assert capsys.readouterr().err == line
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     """Also a `ValueError` that Python raises inside pd_jax, as `zip(strict=True)` does."""
     monkeypatch.setattr("pd_jax.data.pipeline.pack", lambda lengths, capacity: [*zip([1], [], strict=True)])
