@@ -15,6 +15,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 if __name__ == "__main__":
@@ -27,7 +28,7 @@ import tiny
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 from pd_jax import Branch, ParallelDecoder, Sample, TokenSample
-from pd_jax.config import ALIGNMENTS, VISIBILITIES
+from pd_jax.config import VISIBILITIES, Align
 from pd_jax.data.text import tokenise
 from pd_jax.errors import InputError
 from pd_jax.evaluation import EvaluateFlags, evaluate
@@ -208,7 +209,7 @@ def greedy(count: int, samples: st.SearchStrategy[TokenSample], aligns: list[str
     return sum(seen)
 
 
-EVERYTHING = small([1, 2, 3, 4], [None, *VISIBILITIES]), list(ALIGNMENTS)
+EVERYTHING = small([1, 2, 3, 4], [None, *VISIBILITIES]), list(get_args(Align))
 
 
 def test_layouts():
