@@ -92,6 +92,7 @@ def test_the_script_draws_the_worked_example(tmp_path, command, capsys):
     assert imread(tmp_path / "layout.png").std() > 0.01
 
 
+@pytest.mark.slow
 def test_the_script_draws_the_samples_of_a_file(tmp_path, command, capsys):
     source, model = tmp_path / "in.jsonl", tiny.model_directory(tmp_path / "model")
     rows = [{"background": f"Tower {i}.", "branches": ["$How$?", "🦉"]} for i in range(3)]
