@@ -162,10 +162,14 @@ def given(flags: Any) -> dict[str, Any]:
     return {name: value for name, (value, default) in values.items() if name in parsed or value != default}
 
 
+# What is no bug becomes one line and an exit code: bad input, the system (disks, permissions, the network), training
+# that has diverged, Ctrl-C.
+CODES = {InputError: 2, OSError: 2, FloatingPointError: 1, KeyboardInterrupt: 130}
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a script. An `InputError` becomes one line on stderr and exit code 2, a `FloatingPointError` (training that
-    has diverged) one line and exit code 1, a reader that went away (`| head`) exit code 1; every other error is a bug
-    and keeps its traceback."""
+    """Run a script. Errors in `CODES` become one line on stderr and that exit code, a reader that went away (`| head`)
+    exit code 1; every other error is a bug and keeps its traceback."""
     # Threads of ours tokenise already; and nobody is told what runs here, unless asked to.
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"} | os.environ
     logging.basicConfig(format="%(message)s")
@@ -176,9 +180,7 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has nowhere to go
         raise SystemExit(1) from None
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except tuple(CODES) as error:
+        text = " ".join(str(error).split()) or "interrupted; the same command run again goes on or begins anew"
+        print(f"error: {text}", file=sys.stderr)
+        raise SystemExit(next(code for kind, code in CODES.items() if isinstance(error, kind))) from None

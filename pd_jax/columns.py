@@ -17,7 +17,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from pd_jax.config import MIX, ROW_VISIBILITIES, VISIBILITIES, ModelConfig, RowVisibility, check_choice
+from pd_jax.config import MIX, VISIBILITIES, ModelConfig, RowVisibility, check_choice
 
 
 @struct.dataclass
@@ -91,7 +91,7 @@ def column_mask(
         Q3[0]  1  1    .  .  .  .  .  .    1  1   1  .       8
         A3[0]  1  1    .  .  .  .  .  .    1  1   1  1       9
     """
-    check_choice("visibility", visibility, ROW_VISIBILITIES)
+    check_choice("visibility", visibility, RowVisibility)
 
     def q(array: Array) -> Array:
         return array[..., :, None]

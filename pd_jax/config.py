@@ -5,9 +5,8 @@ mean, so they live in the model's `config.json`, under the key `pd_jax`, and tra
 (`pd_jax.files` reads and writes it).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from pd_jax.errors import InputError, check_whole
 
@@ -17,13 +16,10 @@ MIX = "mix"  # every sample has a visibility of its own
 RowVisibility = Literal["columns", "isolated", "prompts", "mix"]  # of whole rows
 ROW_VISIBILITIES: tuple[RowVisibility, ...] = (*VISIBILITIES, "mix")
 Align = Literal["left", "right", "ragged"]
-ALIGNMENTS: tuple[Align, ...] = ("left", "right", "ragged")
 
 Remat = Literal["none", "dots", "full"]  # what the backward pass recomputes: nothing, all but products, every layer
 Backend = Literal["auto", "dense", "chunked", "splash", "tokamax", "cudnn"]  # of attention
-BACKENDS: tuple[Backend, ...] = ("auto", "dense", "chunked", "splash", "tokamax", "cudnn")
 Dtype = Literal["float32", "bfloat16"]  # of weights, activations and cache
-DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 
 DEFAULT_PAIR_INDICES = (8, 16, 24)  # for heads of 128, as all Qwen3 have
 SECTION = "pd_jax"  # the key of our settings inside config.json
@@ -59,10 +55,10 @@ def default_pairs(head_dim: int) -> tuple[int, ...]:
     return tuple(pair * head_dim // 128 for pair in DEFAULT_PAIR_INDICES)
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise `InputError` when `value` is none of `choices`."""
-    if value not in choices:
-        raise InputError(f"{name} {value!r} is not one of {', '.join(choices)}")
+def check_choice(name: str, value: str, kind: Any) -> None:
+    """Raise `InputError` when `value` is none of those of the Literal `kind`."""
+    if value not in get_args(kind):
+        raise InputError(f"{name} {value!r} is not one of {', '.join(get_args(kind))}")
 
 
 @dataclass(frozen=True)
@@ -115,8 +111,8 @@ class ModelConfig:
     align: Align | None = None  # likewise; both None: never trained in columns
 
     def __post_init__(self) -> None:
-        check_choice("visibility", self.visibility or "columns", ROW_VISIBILITIES)
-        check_choice("align", self.align or "left", ALIGNMENTS)
+        check_choice("visibility", self.visibility or "columns", RowVisibility)
+        check_choice("align", self.align or "left", Align)
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "

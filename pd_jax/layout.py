@@ -31,7 +31,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from pd_jax.config import ALIGNMENTS, VISIBILITIES, Align, Visibility, check_choice
+from pd_jax.config import VISIBILITIES, Align, Visibility, check_choice
 from pd_jax.errors import InputError, check_text
 
 Objective = Literal["answers", "all"]
@@ -57,7 +57,7 @@ class Sample:
             raise InputError(f"a sample has no branches, {self.branches!r}; give at least one prompt, as {CALL}")
         for name, text in (("background", self.background), *((f"prompt {i}", t) for i, t in enumerate(self.branches))):
             check_text(text, f"as {CALL} wants it, {name}")
-        check_choice("visibility", self.visibility or "columns", VISIBILITIES)
+        check_choice("visibility", self.visibility or "columns", Visibility)
         empty = [i for i, text in enumerate(self.branches) if not text.strip()]
         if empty:
             raise InputError(f"prompts {empty} of {len(self.branches)} are empty; every branch needs a prompt")
@@ -224,7 +224,7 @@ def build_layout(
     `objective` says which targets count: "answers" (answer tokens and their end) or "all" (every token that has a
     successor in its branch). Raises `InputError` for an unknown `align` and for a row that does not fit.
     """
-    check_choice("align", align, ALIGNMENTS)
+    check_choice("align", align, Align)
     sizes = [sum(map(len, row)) for row in rows]
     length = max(sizes, default=0) if length is None else length
     if max(sizes, default=0) > length:

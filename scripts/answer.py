@@ -6,16 +6,24 @@
 A line of the input is {"id": "a", "background": "the text that all share", "branches": ["a prompt", "another"]}, if
 wanted with "max_new_tokens" (a number, or one a branch); a .parquet file has these columns. Questions in SQuAD's format
 are read too. Every line becomes {"id": "a", "answers": ["...", "..."], "finish_reasons": ["eos", "length"]}, in the
-order of the input. Run again, it goes on where it was stopped.
+order of the input. Run again, it goes on where it was stopped. With --html the first documents can be watched.
 """  # fmt: skip
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pd_jax.cli import flag, given, parse, run
 from pd_jax.config import Align, Visibility
 from pd_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from pd_jax import ParallelDecoder
+    from pd_jax.jobs import Request, Settings
+
+REPLAYED = 20  # documents
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,10 @@ class Flags:
     )
     stop: tuple[str, ...] = flag((), "strings that end an answer", group="answers")
     batch_size: int = flag(8, "documents answered at once", group="answers", minimum=1)
+    html: str | None = flag(
+        None, f"file for a replay of the first {REPLAYED} documents, answered once more", group="replay"
+    )
+    attention: bool = flag(False, "with --html: where the attention of every token goes", group="replay")
 
 
 def plainly(flags: Flags) -> Flags:
@@ -56,8 +68,29 @@ def plainly(flags: Flags) -> Flags:
     return replace(flags, visibility="isolated", align="ragged", pair_indices=())
 
 
+def replay(
+    decoder: "ParallelDecoder", requests: "Sequence[Request]", settings: "Settings", path: Path, attention: bool
+) -> None:
+    """The page of the first documents, without those that are too long for it. They are answered again: what a stopped
+    job had done has left no tokens."""
+    from pd_jax.data.text import BadRows
+    from pd_jax.jobs import answer_batches
+    from pd_jax.replay import MOST_TOKENS, record, write_page
+
+    batches = answer_batches(decoder, iter(requests[:REPLAYED]), settings, BadRows(skip=True))
+    records = [
+        record(decoder, sample, result, title=request.id, attention=attention)
+        for request, sample, result in sorted(chain.from_iterable(batches), key=lambda answered: answered[0].line)
+        if len(sample) + sum(len(branch.token_ids) for branch in result.branches) <= MOST_TOKENS
+    ]
+    write_page(records, path)
+    print(f"{path}: a replay of {len(records)} documents")
+
+
 def main() -> None:
     flags = plainly(parse(Flags, description=__doc__))
+    if flags.attention and flags.html is None:
+        raise InputError("--attention is for --html; pass both, or leave it out")
     if flags.input is None or flags.output is None:
         raise InputError("--input and --output are required: a file of documents and the file for their answers")
     path, output = Path(flags.input), Path(flags.output)
@@ -98,6 +131,8 @@ def main() -> None:
         progress = Progress(len(requests) - len(done), lambda line: print(line, flush=True))
         answer_requests(decoder, requests, file, done, settings, bad, progress)
     print(f"{output}: {progress.line()}{bad.summary()}")
+    if flags.html is not None:
+        replay(decoder, requests, settings, Path(flags.html), flags.attention)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
     python scripts/benchmark.py attention                      # backends against plain causal attention, and torch
     python scripts/benchmark.py attention --tokens 4096 --dtype bfloat16 --heads 32 --kv-heads 8 --head-dim 128
     python scripts/benchmark.py decode                         # columns against transformers, one by one and batched
+    python scripts/benchmark.py train                          # training steps against transformers and torch
     python scripts/benchmark.py columns                        # a job split over branches against one branch
     python scripts/benchmark.py sessions                       # a text read once for many forks against every time
+    python scripts/benchmark.py train --model Qwen/Qwen3-4B --use-lora --seq-length 256 --batch-size 4 --remat full
     python scripts/benchmark.py decode --model Qwen/Qwen3-0.6B --threads 2 --background 128 1024 --output decode.json
 """  # fmt: skip
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +20,13 @@ from pd_jax.benchmarks import (
     ColumnsFlags,
     DecodeFlags,
     SessionsFlags,
+    TrainFlags,
     keep_to,
     time_attention,
     time_columns,
     time_decoding,
     time_sessions,
+    time_training,
 )
 from pd_jax.cli import parse, run
 from pd_jax.errors import InputError
@@ -31,6 +36,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "columns": (ColumnsFlags, time_columns),
     "decode": (DecodeFlags, time_decoding),
     "sessions": (SessionsFlags, time_sessions),
+    "train": (TrainFlags, time_training),
 }
 
 
@@ -41,6 +47,8 @@ def main() -> None:
         return
     if name not in COMMANDS:
         raise InputError(f"command {name!r} is not one of {', '.join(COMMANDS)}")
+    # torch and JAX share the accelerator: JAX must not take most of its memory at the start.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     flags, command = COMMANDS[name]
     parsed = parse(flags, sys.argv[2:], description=__doc__)
     keep_to(getattr(parsed, "threads", 1))

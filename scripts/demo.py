@@ -1,12 +1,19 @@
 """Answer several questions about one text at once and show the columns as they arrive.
 
+    python scripts/demo.py
     python scripts/demo.py --model-name ./parallel-decoder-squad
     python scripts/demo.py --model-name ./adapter --base-model Qwen/Qwen3-4B --background "..." --questions "..." "..."
+
+Without a model it takes the small one of this repository (scripts/quickstart-columns), which knows a made-up world.
 """  # fmt: skip
 
+import json
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pd_jax.cli import flag, given, parse, run
@@ -16,23 +23,41 @@ from pd_jax.errors import InputError
 if TYPE_CHECKING:
     from pd_jax import ParallelDecoder, Sample, SamplingParams
 
+SMALL = Path(__file__).parent / "quickstart-columns"
+ABOUT_SMALL = (
+    "The small model of this repository answers (0.7 M parameters). It knows short English and Chinese sentences of a "
+    "made-up world (where people live and were born, what they do, keep and play), told in the text or in a sibling's "
+    "question, and nothing else. A real one: python scripts/demo.py --model-name Qwen/Qwen3-0.6B --pair-indices "
+    "--visibility isolated --align ragged"
+)
+# Of that world, about people whom its training never saw. The second: every branch is asked what a sibling was told.
 EXAMPLES = [
     (
-        "The lighthouse of Arnholm was built in 1874 from grey granite. Its keeper, Ida Lund, lit the lamp every "
-        "evening for thirty-one years, and her log books are now in the museum of the town.",
-        ["When was the lighthouse built?", "Who lit the lamp?", "Where are the log books now?"],
+        "Dario Holt was born in early June. Clara Ibsen plays the organ. Clara Ibsen lives in Port Marden. "
+        "Dario Holt works as a night baker.",
+        ["What does Clara Ibsen play?", "When was Dario Holt born?", "What does Dario Holt work as?"],
     ),
     (
-        "青石桥建于一九二三年，全长八十六米，横跨清水河。设计这座桥的是工程师林文远，桥头的石狮由当地工匠雕刻。",
-        ["青石桥有多长？", "谁设计了这座桥？"],
+        "Paula Moor plays the little organ. Edith Caspari was born in late March.",
+        [
+            "Edith Caspari lives in Lindow. What animal does Paula Moor keep?",
+            "Paula Moor keeps a white parrot. What does Edith Caspari work as?",
+            "Edith Caspari works as a school pilot. Where does Edith Caspari live?",
+        ],
+    ),
+    (
+        "赵志梅的职业是小学厨师。赵志梅住在新石桥县。赵志梅爱喝杏仁茶。陈玉平出生于七月中旬。陈玉平养了一只黑色山羊。",
+        ["赵志梅住在哪里？", "赵志梅爱喝什么？", "陈玉平养了一只什么动物？"],
     ),
 ]
 
 
 @dataclass(frozen=True)
 class Flags:
-    model_name: str = flag(
-        "./parallel-decoder-squad", "model directory, pd_jax checkpoint, LoRA adapter or hub id", group="model"
+    model_name: str | None = flag(
+        None,
+        "model directory, pd_jax checkpoint, LoRA adapter or hub id; default: the small model of this repository",
+        group="model",
     )
     base_model: str | None = flag(None, "what a LoRA adapter belongs to, if not what it names itself", group="model")
     visibility: Visibility | None = flag(
@@ -44,7 +69,7 @@ class Flags:
     )
     pair_indices: tuple[int, ...] | None = flag(None, "RoPE pairs if none are stored", group="model")
     local_files_only: bool = flag(False, "never ask the hub", group="model")
-    background: str | None = flag(None, "the text; without it two examples are answered", group="input")
+    background: str | None = flag(None, "the text; without it three examples are answered", group="input")
     questions: tuple[str, ...] = flag((), "questions about it, one argument each", group="input")
     max_new_tokens: int = flag(32, "tokens of an answer at most", group="decoding", minimum=1)
     do_sample: bool = flag(False, "draw tokens at random instead of the likeliest", group="decoding")
@@ -52,21 +77,21 @@ class Flags:
     repetition_penalty: float = flag(1.0, "above 1: what a branch has said gets less likely", group="decoding")
     seed: int = flag(0, "of the random numbers", group="decoding", minimum=0)
     verbose: bool = flag(False, "say how large the cache is", group="output")
+    json: bool = flag(False, "print one JSON object a text instead", group="output")
     show_linear: bool = flag(False, "print the prompts column by column, as the model reads them", group="output")
+    html: str | None = flag(None, "file for a replay in a browser", group="output")
+    attention: bool = flag(False, "with --html: where the attention of every token goes", group="output")
 
 
-def samples(flags: Flags) -> "list[Sample]":
-    from pd_jax.data.squad import Context, Question, to_sample
-
+def contexts(flags: Flags) -> list[tuple[str, list[str]]]:
+    """Texts and the questions about them."""
     if flags.background is None and not flags.questions:
-        given = EXAMPLES
-    elif flags.background is None or not flags.questions:
+        return EXAMPLES
+    if flags.background is None or not flags.questions:
         raise InputError("--background and --questions belong together; pass both, or neither for the examples")
-    else:
-        given = [(flags.background, list(flags.questions))]
-    if empty := [text for _, questions in given for text in questions if not text.strip()]:
+    if empty := [text for text in flags.questions if not text.strip()]:
         raise InputError(f"--questions has an empty one, {empty[0]!r}; leave it out")
-    return [to_sample(Context("", text, tuple(Question("", q, ()) for q in questions))) for text, questions in given]
+    return [(flags.background, list(flags.questions))]
 
 
 def linear(decoder: "ParallelDecoder", sample: "Sample") -> Iterator[str]:
@@ -79,49 +104,68 @@ def linear(decoder: "ParallelDecoder", sample: "Sample") -> Iterator[str]:
         yield f"column {column:4}  " + "  ".join(tokens)
 
 
-def answer(decoder: "ParallelDecoder", sample: "Sample", params: "SamplingParams", show_linear: bool) -> None:
+def say(text: str) -> None:
+    """A paragraph; on a terminal between words where lines end."""
     from rich.console import Console
-    from rich.live import Live
-    from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
-    print(f"\n{sample.background.strip()}\n")
-    if show_linear:
-        print("\n".join(linear(decoder, sample)), end="\n\n")
-    answers = ["" for _ in sample.branches]
+    console = Console()
+    console.print(Text(text), soft_wrap=not console.is_terminal)
+    print(flush=True)
 
-    def table() -> Table:
-        grid = Table("branch", "prompt", "answer")
-        for b, (prompt, text) in enumerate(zip(sample.branches, answers, strict=True), start=1):
-            grid.add_row(str(b), Text(prompt), Text(text.strip()))
-        return grid
 
-    with Live(table(), console=console, auto_refresh=False) if console.is_terminal else console as live:
-        for event in decoder.stream(sample, params=params):
-            answers = [text + new for text, new in zip(answers, event.texts, strict=True)]
-            if isinstance(live, Live):
-                live.update(table(), refresh=True)
-            else:
-                print(f"column {event.column:3}  " + "  ".join(f"{b}:{new!r}" for b, new in enumerate(event.texts, 1)))
+def show(decoder: "ParallelDecoder", sample: "Sample", questions: list[str], params: "SamplingParams") -> None:
+    """The answers, one line a branch; on a terminal they grow there, column by column."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from pd_jax.jobs import Lanes, one_line
+
+    console, lanes = Console(highlight=False), Lanes(questions)
     if not console.is_terminal:
-        print()
-    for prompt, text in zip(sample.branches, answers, strict=True):
-        print(f"{prompt}{text}\n")
+        [result] = decoder.generate([sample], params=params)
+        for b, (question, branch) in enumerate(zip(questions, result.branches, strict=True), 1):
+            print(f"{b}  {one_line(question)}  {one_line(branch.text.strip())}", flush=True)
+        return
+    events = decoder.stream(sample, params=params)
+    lanes.take(next(events))  # what is logged on the way to the first column would tear the picture
+    with Live(lanes, console=console, auto_refresh=False) as live:
+        for event in events:
+            lanes.take(event)
+            if lanes.over:  # whole answers may be longer than the screen
+                live.vertical_overflow = "visible"
+            live.refresh()
+
+
+def as_json(decoder: "ParallelDecoder", sample: "Sample", questions: list[str], params: "SamplingParams") -> str:
+    [result] = decoder.generate([sample], params=params)
+    answers = [
+        {"question": question, "answer": branch.text, "finish_reason": branch.finish_reason}
+        for question, branch in zip(questions, result.branches, strict=True)
+    ]
+    content = {"background": sample.background, "answers": answers, "columns": result.columns}
+    return json.dumps(content, ensure_ascii=False)
 
 
 def main() -> None:
     flags = parse(Flags, description=__doc__)
     if flags.verbose:
         logging.getLogger("pd_jax").setLevel(logging.INFO)
+    if flags.model_name is None:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # too small for anything else
     from pd_jax import SamplingParams  # after parsing: --help does not wait
+    from pd_jax.data.squad import Context, Question, to_sample
     from pd_jax.files import find_source
     from pd_jax.jobs import load_decoder
 
     # What can be wrong with the flags is found before the model is read.
     if "temperature" in given(flags) and not flags.do_sample:
         raise InputError(f"--temperature {flags.temperature} is for --do-sample; pass both, or leave it out")
-    asked = samples(flags)
+    if flags.json and flags.show_linear:
+        raise InputError("--json and --show-linear contradict each other; leave one out")
+    if flags.attention and flags.html is None:
+        raise InputError("--attention is for --html; pass both, or leave it out")
+    asked = contexts(flags)
     params = SamplingParams(
         max_new_tokens=flags.max_new_tokens,
         do_sample=flags.do_sample,
@@ -129,7 +173,7 @@ def main() -> None:
         repetition_penalty=flags.repetition_penalty,
         seed=flags.seed,
     )
-    model, adapter = find_source(flags.model_name, flags.base_model, flags.local_files_only)
+    model, adapter = find_source(flags.model_name or str(SMALL), flags.base_model, flags.local_files_only)
     decoder = load_decoder(
         model,
         adapter,
@@ -139,8 +183,26 @@ def main() -> None:
         pair_indices=flags.pair_indices,
         local_files_only=flags.local_files_only,
     )
-    for sample in asked:
-        answer(decoder, sample, params, flags.show_linear)
+    if flags.model_name is None and not flags.json:
+        say(ABOUT_SMALL)
+    shown = []
+    for text, questions in asked:
+        sample = to_sample(Context("", text, tuple(Question("", q, ()) for q in questions)))
+        shown.append(sample)
+        if flags.json:
+            print(as_json(decoder, sample, questions, params), flush=True)
+            continue
+        say(text.strip())
+        if flags.show_linear:
+            print("\n".join(linear(decoder, sample)), end="\n\n")
+        show(decoder, sample, questions, params)
+        print()
+    if flags.html is not None:
+        from pd_jax.replay import record, write_page
+
+        again = [(sample, *decoder.generate([sample], params=params)) for sample in shown]  # the tokens of `stream`
+        write_page([record(decoder, *each, attention=flags.attention) for each in again], Path(flags.html))
+        print(f"written: {flags.html}", file=sys.stderr)
 
 
 if __name__ == "__main__":

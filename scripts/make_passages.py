@@ -29,6 +29,7 @@ class Flags:
 def main(flags: Flags) -> None:
     from pd_jax.data.passages import PassageSettings, as_squad, passage_sets
     from pd_jax.data.squad import load_squad
+    from pd_jax.machines import write_whole
 
     if len(flags.words) != 2:
         raise InputError(f"--words {' '.join(map(str, flags.words))}: give two numbers, the least and the most")
@@ -37,9 +38,8 @@ def main(flags: Flags) -> None:
     settings = PassageSettings(flags.branches, flags.sets, (least, most), flags.seed)
     output = Path(flags.output_dir)
     for name, made in zip(("siblings", "background"), passage_sets(contexts, settings), strict=True):
-        output.mkdir(parents=True, exist_ok=True)
         path = output / f"{name}.json"
-        path.write_text(json.dumps(as_squad(made), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(as_squad(made), ensure_ascii=False, indent=1) + "\n")
         print(f"{path}: {len(made)} contexts, {sum(len(context.questions) for context in made)} questions")
 
 

@@ -22,10 +22,12 @@ from typing import Any
 
 from pd_jax.cli import flag, parse, run
 from pd_jax.errors import InputError
+from pd_jax.machines import write_whole
 
 ROOT = Path(__file__).parents[1]
 TRAIN, EVAL = "training", "evaluation"
 ORDINARY = "--pair-indices --no-sibling-bias --visibility isolated --align ragged"
+NEARER = "--pair-indices --sibling-bias-start -4 --align ragged"  # to the ordinary model than the default of columns
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def jobs(flags: Flags, out: Path) -> list[list[Job]]:
 
     squad = f"--dataset-name {quoted['train']} --max-train-samples {flags.train_contexts} --max-branches 6"
     ask = f"--dataset-name {quoted['eval']} --max-branches 6"
-    control, told = out / "control", out / "told"
+    control, told, nearer = out / "control", out / "told", out / "columns-nearer"
     begin = [
         Job("convert", f"convert/from_gguf.py --gguf {quoted['gguf']} --output {start}", start / "config.json"),
         *(made(k, "train", 300) for k in flags.passages),
@@ -97,6 +99,7 @@ def jobs(flags: Flags, out: Path) -> list[list[Job]]:
     train = [
         trained("control", f"{squad} {ORDINARY}"),
         trained("columns", squad),
+        trained("columns-nearer", f"{squad} {NEARER}"),
         *(trained(f"passages-{k}-columns", siblings[k]) for k in flags.passages),
         trained("told", f"--dataset-name {background} --min-questions 1 {ORDINARY}"),
     ]
@@ -104,7 +107,7 @@ def jobs(flags: Flags, out: Path) -> list[list[Job]]:
         evaluated(
             "questions",
             f"--ft-model {out / 'columns'} {ask} --max-eval-samples {flags.contexts}",
-            f"isolated={control} columns",
+            f"isolated={control} columns columns={nearer}",
         )
     ]
     for k in flags.passages:
@@ -224,8 +227,9 @@ def bins(row: dict[str, Any], reference: dict[str, Any]) -> Iterable[tuple[str, 
 
 def questions_part(out: Path) -> list[str]:
     results = load(out, "questions")
-    rows, effect = results["summary"]["rows"], results["sight"]["columns"]["effect"]
-    names = dict(zip(rows, ("control: trained and decoded one by one", "trained and decoded in columns"), strict=True))
+    rows, effects = results["summary"]["rows"], [f"{entry['effect']:.2f}" for entry in results["sight"].values()]
+    words = ["control: trained and decoded one by one", "columns, as they are trained by default"]
+    names = dict(zip(rows, [*words, f"columns, with `{NEARER}`"], strict=True))
     lines = [
         [names[n], score(r, "em"), difference(r), score(r, "f1"), score(r["leak_free"], "em")] for n, r in rows.items()
     ]
@@ -236,7 +240,7 @@ def questions_part(out: Path) -> list[str]:
         "## Questions about one context",
         f"{first['questions']:,} questions; nothing in them needs a sibling, so the aim is to lose nothing. Leak-free: "
         f"the {leak_free:,} questions whose answer stands in no sibling's question or answer. Hiding the siblings "
-        f"changes a logit of the model in columns by {effect:.2f} of the logits' standard deviation.",
+        f"changes a logit of the models in columns by {' and '.join(effects)} of the logits' standard deviation.",
         table(["model", "EM", "EM against the control", "F1", "EM, leak-free"], lines),
         table(["branches", "questions", "EM in columns", "EM of the control"], binned),
     ]
@@ -364,9 +368,7 @@ def write_page(flags: Flags, out: Path, stages: Sequence[Sequence[Job]]) -> None
         f"```bash\n{commands}\n```",
         f"{processor()}, float32, one core a command. {versions}.",
     ]
-    page = Path(flags.page)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_whole(Path(flags.page), "\n\n".join(parts) + "\n")
 
 
 def main() -> None:

@@ -82,6 +82,25 @@ def test_what_a_user_can_mend_is_one_line(capsys):
     assert capsys.readouterr().err == "error: unrecognized argument --mod (did you mean --mode?)\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (OSError(28, "No space left on device", "/x/y"), 2, "error: [Errno 28] No space left on device: '/x/y'\n"),
+        (ConnectionError("two\nlines"), 2, "error: two lines\n"),
+        (FloatingPointError("nan"), 1, "error: nan\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted; the same command run again goes on or begins anew\n"),
+    ],
+)
+def test_what_the_system_says_is_one_line(capsys, error, code, line):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        run(main)
+    assert exit.value.code == code
+    assert capsys.readouterr().err == line
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     """Also a `ValueError` that Python raises inside pd_jax, as `zip(strict=True)` does."""
     monkeypatch.setattr("pd_jax.data.pipeline.pack", lambda lengths, capacity: [*zip([1], [], strict=True)])
@@ -99,7 +118,7 @@ def test_every_error_of_ours_is_an_input_error():
     assert wrong == []
 
 
-@pytest.mark.parametrize("script", ["pretrain", "finetune", "evaluate", "demo", "answer", "quickstart"])
+@pytest.mark.parametrize("script", ["pretrain", "finetune", "evaluate", "demo", "answer", "quickstart", "visualize"])
 def test_help_is_grouped_and_does_not_wait_for_jax(script):
     code = f"import sys, runpy; sys.argv = ['x', '--help']; runpy.run_path('scripts/{script}.py', run_name='__main__')"
     code = f"import atexit, sys\natexit.register(lambda: print('JAX' if 'jax' in sys.modules else 'NONE'))\n{code}"

@@ -24,7 +24,7 @@ FLOORS = (
     ("watching",),
     ("decoding",),
     ("training",),
-    ("evaluation", "planning", "benchmarks", "jobs"),
+    ("evaluation", "planning", "benchmarks", "jobs", "replay"),
 )
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 CORE = {"attention", "decoding", "training"}  # beside the files at the top

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from pd_jax.benchmarks import AblateFlags
+from pd_jax.benchmarks import AblateFlags, DoctorFlags
 from pd_jax.config import SECTION
 from pd_jax.evaluation import EvaluateFlags
 from pd_jax.planning import PlanFlags
@@ -35,6 +35,7 @@ STAGES, OTHERS = (
 )
 FLAGS = {
     "ablate": AblateFlags,
+    "doctor": DoctorFlags,
     "pretrain": PretrainFlags,
     "finetune": FinetuneFlags,
     "evaluate": EvaluateFlags,
@@ -81,6 +82,16 @@ def test_every_flag_exists(command):
     parse(flags, [str(ROOT / a) if a.startswith("configs/") else a for a in argv])
 
 
+def test_the_api_reference_is_made(tmp_path):
+    [command] = [shlex.split(line) for line in COMMANDS if line.startswith("pdoc ")]
+    out = tmp_path / "api"
+    argv = [str(out) if a == "./api" else a for a in command]
+    subprocess.run([sys.executable, "-m", *argv], cwd=ROOT, check=True, capture_output=True)
+    page = (out / "pd_jax" / "decoding.html").read_text(encoding="utf-8")
+    assert "Answers many prompts over one background at once" in page  # the class's docstring
+    assert all((out / "pd_jax" / f"{name}.html").is_file() for name in ("layout", "columns", "sight"))
+
+
 @pytest.mark.slow
 def test_the_stages_run_in_order(tmp_path):
     """As they stand there, but for the hub's model and data, and small sizes."""
@@ -92,6 +103,7 @@ def test_the_stages_run_in_order(tmp_path):
         "finetune": ["--dataset-name", squad, "--max-length", "160", "--max-steps", "2"],
         "evaluate": ["--dataset-name", squad, "--max-eval-samples", "2", "--max-new-tokens", "3", "--rows", "columns"],
         "demo": ["--max-new-tokens", "3"],
+        "visualize": [],
         "hf_to_flax": [],
         "flax_to_hf": [],
     }
@@ -122,3 +134,5 @@ def test_the_stages_run_in_order(tmp_path):
             assert "columns" in output
     assert ran == set(small)
     assert (tmp_path / "exported" / "model.safetensors").is_file()
+    assert (tmp_path / "replay.html").is_file()
+    assert (tmp_path / "pictures" / "mask.svg").is_file()

@@ -6,14 +6,8 @@ splash    TPU: jax's splash kernel, the mask computed inside it
 nvidia    tokamax (Hopper and Blackwell; needs the package tokamax) and cudnn (other NVIDIA GPUs)
 """
 
-from pd_jax.attention.dense import (
-    attention_weights as attention_weights,
-    dense_attention as dense_attention,
-    sibling_scores as sibling_scores,
-)
-from pd_jax.attention.select import (
-    Attention as Attention,
-    Call as Call,
-    check_backend as check_backend,
-    make_attention as make_attention,
-)
+from pd_jax.attention.dense import attention_weights, dense_attention, sibling_scores
+from pd_jax.attention.select import Attention, Call, check_backend, make_attention
+
+__all__ = ["Attention", "Call", "attention_weights", "check_backend", "dense_attention", "make_attention"]
+__all__ += ["sibling_scores"]

@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 from pd_jax.attention import chunked, nvidia, splash
 from pd_jax.attention.dense import dense_attention, sibling_scores
 from pd_jax.columns import Coordinates, column_mask, sibling_mask
-from pd_jax.config import BACKENDS, ROW_VISIBILITIES, Backend, RowVisibility, check_choice
+from pd_jax.config import Backend, RowVisibility, check_choice
 from pd_jax.errors import InputError
+from pd_jax.machines import wrong_backends
 from pd_jax.mesh import compile_target
 
 log = logging.getLogger(__name__)
@@ -88,17 +89,19 @@ def check_backend(backend: str, call: Call) -> None:
         raise InputError(f"attention backend {backend!r} cannot run here: {reason}; use 'auto' or 'chunked'")
 
 
-def _choose(backend: str, call: Call, fallback: str) -> str:
-    """The backend that serves `call`. Raises `InputError` when the one asked for cannot."""
+def _choose(backend: str, call: Call, order: tuple[str, ...]) -> str:
+    """The backend that serves `call`: of `order` the first, for `auto`. Raises `InputError` when none of them can."""
     check_backend(backend, call)
     if backend != "auto":
         return backend
-    refusals = {name: refusal(name, call) for name in candidates(call.platform)}
-    chosen = next((name for name, reason in refusals.items() if reason is None), fallback)
-    _announce(
-        chosen, tuple(f"{name}: {reason}" for name, reason in refusals.items() if reason is not None), call.platform
-    )
-    return chosen
+    wrong, reasons = wrong_backends(call.device_kind), []
+    for name in order:
+        reason = refusal(name, call) or wrong.get(name)
+        if reason is None:
+            _announce(name, tuple(reasons), call.platform)
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise InputError(f"no attention backend is right here: {'; '.join(reasons)}; force one with --attention")
 
 
 def candidates(platform: str) -> tuple[str, ...]:
@@ -123,19 +126,21 @@ def make_attention(
 ) -> Attention:
     """Self-attention over laid-out rows with `coordinates` [B, T]; the mask is computed once for all layers.
 
-    `auto` takes the platform's kernel where it can serve, else `chunked`, or `dense` for a row of one tile. Raises
-    `InputError` for an unknown backend, and when called for one that cannot run. `dense` and `chunked` take tokens in
-    any order; the kernels need the column-major order of `pd_jax.layout` and give NaN without it.
+    `auto` takes the platform's kernel where it can serve, else `chunked`, or `dense` for a row of one tile; never one
+    that `scripts/doctor.py` found wrong here. Raises `InputError` for an unknown backend, and when called for one that
+    cannot run. `dense` and `chunked` take tokens in any order; the kernels need the column-major order of
+    `pd_jax.layout` and give NaN without it.
     """
-    check_choice("visibility", visibility, ROW_VISIBILITIES)
-    check_choice("attention backend", backend, BACKENDS)
+    check_choice("visibility", visibility, RowVisibility)
+    check_choice("attention backend", backend, Backend)
     platform, device_kind = compile_target()
     tokens = coordinates.column.shape[-1]
     tile = TILE if platform != "cpu" else CPU_TILE if tokens < 1024 else CPU_LONG_TILE
-    fallback = "dense" if tokens <= tile else "chunked"
+    anywhere = ("dense", "chunked") if tokens <= tile else ("chunked", "dense")
+    order = (*candidates(platform), *anywhere[: 1 + (anywhere[0] in wrong_backends(device_kind))])
     # The masks of all backends that a call may take are made here, outside the scan over the layers; under jit those
     # not taken are dropped.
-    names = (*candidates(platform), fallback) if backend == "auto" else (backend,)
+    names = order if backend == "auto" else (backend,)
     masks: dict[str, Any] = {}
     if "dense" in names:
         masks["dense"] = column_mask(coordinates, coordinates, visibility)
@@ -149,7 +154,7 @@ def make_attention(
 
     def attend(q: Array, k: Array, v: Array, sibling_bias: Array | None = None) -> Array:
         call = Call(platform, device_kind, visibility, tokens, q.shape[-1], q.dtype, sibling_bias is not None)
-        chosen = _choose(backend, call, fallback)
+        chosen = _choose(backend, call, order)
         if chosen == "dense":
             bias = None if sibling_bias is None else sibling_scores(siblings, sibling_bias)
             return dense_attention(q, k, v, masks["dense"], bias)

@@ -24,6 +24,7 @@ from pd_jax.cli import flag
 from pd_jax.config import ROW_VISIBILITIES, VISIBILITIES, RowVisibility, Visibility
 from pd_jax.errors import InputError
 from pd_jax.layout import TokenSample, build_layout, unanswered
+from pd_jax.machines import naming, write_whole
 from pd_jax.tasks import END, TASKS, VOCABULARY, Task
 
 TaskName = Literal[
@@ -281,7 +282,7 @@ def _done(path: Path) -> list[Run]:
     """The runs of earlier calls that are of today's recipes; a line that was cut is dropped from the file."""
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     if lines and lines[-1]:
-        path.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
+        write_whole(path, "".join(line + "\n" for line in lines[:-1]))
     now = {task: json.loads(json.dumps(asdict(recipe))) for task, recipe in RECIPES.items()}
     return [run for run in map(json.loads, lines[:-1]) if run["recipe"] == now.get(run["task"])]
 
@@ -313,7 +314,7 @@ def ablate(flags: AblateFlags) -> None:
     print(f"{len(cells)} cells x {len(seeds)} seeds, {total} runs to do in {processes} processes", flush=True)
     began, count = time.perf_counter(), 0
     for runs in _run_cells(order, missing, processes, cores):
-        with path.open("a", encoding="utf-8") as file:
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(run) + "\n" for run in runs)
         done |= {_key(run): run for run in runs}
         count += len(runs)
@@ -334,7 +335,7 @@ def ablate(flags: AblateFlags) -> None:
         "runs": len(runs),
         "core_minutes": round(sum(run["seconds"] for run in runs) / 60, 1),
     }
-    (output / "results.json").write_text(json.dumps({**about, "results": runs}, indent=1) + "\n", encoding="utf-8")
+    write_whole(output / "results.json", json.dumps({**about, "results": runs}, indent=1) + "\n")
     write_findings(output, about, runs)
     print(f"{output / 'findings.md'} and results.json are written", flush=True)
 

@@ -1,5 +1,6 @@
 """Attention backends against plain causal attention and torch, forward and backward."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -7,7 +8,7 @@ from typing import Any, Literal
 
 from pd_jax.benchmarks.models import equal_branches
 from pd_jax.benchmarks.timing import Contender, compiled, fastest, import_torch, table
-from pd_jax.benchmarks.training import time_training
+from pd_jax.benchmarks.training import TrainFlags, time_training
 from pd_jax.cli import flag
 from pd_jax.config import Backend
 from pd_jax.errors import InputError
@@ -26,53 +27,73 @@ class AttentionFlags:
         ("dense", "chunked", "splash", "tokamax", "cudnn"), "those that cannot run are said"
     )
     repeat: int = flag(3, "calls of which the fastest counts", minimum=1)
-    model: bool = flag(True, "on a CPU also time training a 29M model, forward and backward, against torch")
+    model: bool = flag(True, "on a CPU also time training steps of a 29M model, as `train` does")
 
 
 def time_attention(flags: AttentionFlags) -> None:
     import jax
     import jax.numpy as jnp
 
-    from pd_jax.attention import make_attention
-
     on_cpu = jax.default_backend() == "cpu"
     dtype = {"auto": jnp.float32 if on_cpu else jnp.bfloat16}.get(flags.dtype) or jnp.dtype(flags.dtype)
-    counts = (flags.heads, flags.kv_heads, flags.kv_heads, flags.heads)
     print(
         f"attention on {jax.devices()[0].device_kind}, {jnp.dtype(dtype).name}: {flags.batch} rows, {flags.heads}/"
         f"{flags.kv_heads} heads of {flags.head_dim}, {flags.branches} branches"
     )
+    said: set[str] = set()
     for tokens in flags.tokens:
-        keys = jax.random.split(jax.random.key(0), 4)
-        shapes = [(flags.batch, tokens, n, flags.head_dim) for n in counts]
-        arrays = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
-
-        def make(attend: Callable, backward: bool, arrays: list) -> Contender:
-            def both(q, k, v, cotangent):
-                out, pullback = jax.vjp(attend, q, k, v)
-                return out, pullback(cotangent)
-
-            return compiled(both, *arrays) if backward else compiled(attend, *arrays[:3])
-
-        columns = equal_branches(tokens, flags.branches, flags.batch)
-        causal = equal_branches(tokens, 1, flags.batch)  # one branch: the column mask is the causal mask
         for backward in (False, True):
-            plain = make_attention(causal)
-            if jax.default_backend() == "gpu":
-                plain = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-            contenders = {"causal": make(plain, backward, arrays)}
-            for backend in flags.backends:
-                try:
-                    contenders[backend] = make(make_attention(columns, backend=backend), backward, arrays)
-                except InputError as error:
-                    if not backward:
-                        print(f"skipped: {error}")
-            if on_cpu:
-                contenders |= torch_attention(columns, arrays, backward)
+            contenders, skipped = side_by_side(flags, tokens, dtype, backward)
+            for reason in sorted({*skipped} - said):
+                print(f"skipped: {reason}")
+            said.update(skipped)
             name = "forward and backward" if backward else "forward"
             table(f"{tokens} tokens, {name}", contenders, fastest(contenders, flags.repeat, on_cpu), "causal")
     if on_cpu and flags.model:
-        time_training(flags.repeat)
+        time_training(TrainFlags(attention=("dense", "chunked"), targets=(1.0, 0.0625), repeat=flags.repeat))
+
+
+def side_by_side(
+    flags: AttentionFlags, tokens: int, dtype: Any, backward: bool, torch: bool = True
+) -> tuple[dict[str, Contender], list[str]]:
+    """Plain causal attention, the backends of `flags`, and on a CPU torch; and why backends are not among them."""
+    import jax
+
+    from pd_jax.attention import make_attention
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    counts = (flags.heads, flags.kv_heads, flags.kv_heads, flags.heads)
+    shapes = [(flags.batch, tokens, n, flags.head_dim) for n in counts]
+    arrays = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+    def make(attend: Callable) -> Contender:
+        def both(q, k, v, cotangent):
+            out, pullback = jax.vjp(attend, q, k, v)
+            return out, pullback(cotangent)
+
+        return compiled(both, *arrays) if backward else compiled(attend, *arrays[:3])
+
+    columns = equal_branches(tokens, flags.branches, flags.batch)
+    causal = make_attention(equal_branches(tokens, 1, flags.batch))  # one branch: the mask is the causal mask
+    if jax.default_backend() == "gpu":
+        causal = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    contenders, skipped = {"causal": make(causal)}, []
+    room = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    for backend in flags.backends:
+        try:
+            contender = make(make_attention(columns, backend=backend))
+        except InputError as error:
+            skipped.append(str(error))
+            continue
+        if 1e6 * (contender.memory or 0) > room:
+            skipped.append(
+                f"{backend}: {tokens} tokens take {contender.memory:.0f} MB, the device has {room / 1e6:.0f}"
+            )
+            continue
+        contenders[backend] = contender
+    if torch and jax.default_backend() == "cpu":
+        contenders |= torch_attention(columns, arrays, backward)
+    return contenders, skipped
 
 
 def torch_attention(coordinates: Any, arrays: list, backward: bool) -> dict[str, Contender]:

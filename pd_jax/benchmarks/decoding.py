@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pd_jax.benchmarks.models import in_transformers, shape_of, tokens_only
 from pd_jax.benchmarks.timing import Contender, Moment, compiled, fastest, import_torch
 from pd_jax.cli import flag
+from pd_jax.machines import memory_bandwidth, write_whole
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,6 @@ MATRICES, SINGLE, THEIRS, COPIES, COMPILED = (
 )
 
 
-def bandwidth(cpu_time: bool) -> float:
-    """Bytes a second that a matrix of 256 MB is read with, multiplied with a vector as a layer's weights are."""
-    import jax
-    import jax.numpy as jnp
-
-    matrix, vector = jnp.ones((8192, 8192), jnp.float32), jnp.ones((1, 8192), jnp.float32)
-    product = compiled(lambda matrix, vector: jnp.einsum("ni,oi->no", vector, matrix), matrix, vector)
-    total = compiled(jnp.sum, matrix)
-    jax.block_until_ready(matrix)
-    timings = fastest({"product": product, "sum": total}, 5, cpu_time)
-    return matrix.nbytes / min(timing.seconds for timing in timings.values())
-
-
 def generator(model: Any, torch: Any, compile_: bool, cpu_time: bool) -> Callable[[list[list[int]], int], Moment]:
     """transformers.generate over equally long rows: greedy, to the last token asked for; when the first one came."""
     settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -133,6 +121,14 @@ def answer(decoder: Any, sample: Any, new: int, cpu_time: bool) -> Moment:
     for ids in np.concatenate(said)[:, 0, : len(sample.branches)].T:
         decoder.tokenizer.decode(ids[ids >= 0].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return first
+
+
+def weight_bytes(config: Any, weights: Any) -> int:
+    """Bytes of the weights of decoding that every column reads."""
+    import jax
+
+    unread = 0 if config.tie_word_embeddings else weights["embed"].nbytes
+    return sum(x.nbytes for x in jax.tree.leaves(weights)) - unread
 
 
 def matrices(weights: Any, rows: int) -> Callable[[], Any]:
@@ -207,8 +203,7 @@ def time_decoding(flags: DecodeFlags) -> None:
         if flags.compile:
             theirs[COMPILED] = generator(model, torch, True, cpu_time)
     weights = unstack(params, dtype)
-    every_column = sum(x.nbytes for x in jax.tree.leaves(weights))  # bytes of the weights that it reads
-    every_column -= 0 if config.tie_word_embeddings else weights["embed"].nbytes
+    every_column = weight_bytes(config, weights)
     base = ParallelDecoder(config, weights, tokens_only(config.vocab_size), (), dtype=dtype)  # no end
     ours = {
         name: base.variant(visibility=name, align="ragged" if name == "isolated" else "left")
@@ -218,7 +213,7 @@ def time_decoding(flags: DecodeFlags) -> None:
     single = {SINGLE: flags.visibility[-1]} | ({THEIRS: COPIES} if theirs else {})
 
     rows: list[Measurement] = []
-    most, speed = max(flags.branches), bandwidth(cpu_time)
+    most, speed = max(flags.branches), memory_bandwidth(cpu_time=cpu_time)
     counts = sorted({1, *flags.branches})
     alone = {n: matrices(weights, n) for n in counts}
     for length in flags.background:
@@ -249,7 +244,8 @@ def time_decoding(flags: DecodeFlags) -> None:
                 for name in (MATRICES, *ours, *single, *theirs):
                     key, times = ((single[name], 1), n) if name in single else ((name, n), 1)
                     if (*key, new) not in timings:
-                        print(f"skipped: {name}, {n} branches over {length} tokens: beyond --patience {flags.patience}")
+                        why = f"no memory, or no --patience {flags.patience}"
+                        print(f"skipped: {name}, {n} branches over {length} tokens: {why}")
                         continue
                     timing = timings[*key, new]
                     whole = name != MATRICES  # calls, not columns only
@@ -292,5 +288,5 @@ def time_decoding(flags: DecodeFlags) -> None:
     if flags.output is not None:
         about = {"model": flags.model, "dtype": dtype, "device": device.device_kind, "threads": flags.threads}
         about |= {"clock": clock, "load": load, "bandwidth": speed, "rows": [asdict(row) for row in rows]}
-        Path(flags.output).write_text(json.dumps(about, indent=2) + "\n")
+        write_whole(Path(flags.output), json.dumps(about, indent=2) + "\n")
         draw_decoding(about, Path(flags.output).with_suffix(".png"))

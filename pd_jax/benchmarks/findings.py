@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from pd_jax.machines import write_whole
+
 Run = Mapping[str, Any]  # `pd_jax.benchmarks.ablation.Run`
 Groups = dict[tuple[str, str, str], list[Run]]  # (task, scheme, visibility) -> its runs by seed
 SAME = 0.01  # a mean this close to the optimum is at it
@@ -21,7 +23,7 @@ def write_findings(output: Path, about: Mapping[str, Any], runs: Sequence[Run]) 
     schemes = list(dict.fromkeys(run["scheme"] for run in runs if run["visibility"] == "columns"))
     draw(output, groups, tasks, schemes)
     page = "\n".join(_page(about, groups, tasks, schemes))
-    (output / "findings.md").write_text(page + "\n", encoding="utf-8")
+    write_whole(output / "findings.md", page + "\n")
 
 
 SEEN = ("isolated", "prompts", "columns")  # the visibilities, from who sees least to who sees most

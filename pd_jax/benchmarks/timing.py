@@ -3,7 +3,8 @@
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from pd_jax.machines import PeakMemory
@@ -39,6 +40,17 @@ class Timing(NamedTuple):
     megabytes: float | None  # the most that a call took beyond what was held before it; None: not known
 
 
+@contextmanager
+def unless_out_of_memory(name: Any) -> Generator[None]:
+    """What does not fit into memory is said, and ends nothing but itself."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's and XLA's are both its kinds
+        if not any(words in str(error) for words in ("out of memory", "RESOURCE_EXHAUSTED")):
+            raise
+        print(f"skipped: {name}: {str(error).strip().splitlines()[0][:160]}", flush=True)
+
+
 def fastest(
     contenders: dict[Any, Contender], repeat: int, cpu_time: bool, patience: float = math.inf
 ) -> dict[Any, Timing]:
@@ -46,10 +58,12 @@ def fastest(
 
     `cpu_time`: the time of this process counts, not that of the clock; on one core other processes then cost little.
     A call that would take a contender beyond `patience` seconds in all is not made; the first counts only where there
-    is no other. What compiles is always called twice, and compiling costs no patience.
+    is no other. What compiles is always called twice, and compiling costs no patience. What runs out of memory is said
+    and called no more.
     """
     best: dict[Any, Timing] = {}
     spent: dict[Any, float] = {}
+    lost: set[Any] = set()
     for turn in range(repeat + 1):
         for name, contender in contenders.items():
             like, times = (name, 1.0) if turn else contender.like or (None, 0.0)
@@ -57,12 +71,16 @@ def fastest(
             if like is not None:
                 expected = best[like].seconds * times if like in best else math.inf  # one that was skipped
             compiled_before = turn == 1 and contender.compiles and name in best
-            if spent.get(name, 0.0) + expected > patience and not compiled_before:
+            if name in lost or (spent.get(name, 0.0) + expected > patience and not compiled_before):
                 continue
-            with PeakMemory() as memory:
+            first = end = None
+            with unless_out_of_memory(name), PeakMemory() as memory:
                 start = Moment.now(cpu_time)
                 first = contender.call()
                 end = Moment.now(cpu_time)
+            if end is None:
+                lost.add(name)
+                continue
             first = first if isinstance(first, Moment) else start
             timing = Timing(
                 end.clock - start.clock,
@@ -85,6 +103,8 @@ def table(title: str, contenders: dict[str, Contender], timings: dict[str, Timin
     """Print what was timed, beside how many times as fast as `reference` it is."""
     print(f"\n{title}\n{'':28}{'ms':>10}{'x ' + reference:>22}{'MB':>10}")
     for name, contender in contenders.items():
+        if name not in timings or reference not in timings:
+            continue
         memory = "" if contender.memory is None else f"{contender.memory:.0f}"
         seconds = timings[name].seconds
         ratio = timings[reference].seconds / seconds  # throughput: above 1 is faster than the reference

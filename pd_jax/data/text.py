@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pd_jax.config import VISIBILITIES, check_choice
+from pd_jax.config import Visibility, check_choice
 from pd_jax.errors import InputError, shown
 from pd_jax.layout import CALL, Branch, Sample, TokenSample, members
 
@@ -58,7 +58,7 @@ def check_ids(ids: Any, rows: int, name: str) -> None:
 
 def check_sample(sample: TokenSample, rows: int, name: str) -> None:
     """`check_ids` of all parts of a sample. Raises `InputError` for what cannot be decoded, too."""
-    check_choice(f"{name}: visibility", sample.visibility or "columns", VISIBILITIES)
+    check_choice(f"{name}: visibility", sample.visibility or "columns", Visibility)
     check_ids(sample.background, rows, f"{name}, background")
     for number, turn in enumerate(sample.turns):
         where = f"{name}, turn {number}" if number else name
@@ -94,3 +94,24 @@ def tokenise_samples(samples: Sequence[Sample | TokenSample], tokenizer: Any, ro
         check_sample(sample, rows, f"sample {i}")
         out.append(sample)
     return out
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What every token adds to the text, one after the other; joined, they are the text.
+
+    A character may be split over several tokens (an emoji often is): it stands at the last of them, the others add "".
+    """
+    out: list[str] = []
+    start = said = 0  # start..said is told already, and decoded again: what a token adds depends on the one before
+    for end in range(1, len(ids) + 1):
+        before, now = (_decoded(tokenizer, ids[start:stop]) for stop in (said, end))
+        if now.endswith("\ufffd") and end < len(ids):  # a character whose bytes have not all come
+            out.append("")
+            continue
+        out.append(now[len(before) :])
+        start, said = said, end
+    return out
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,17 +1,35 @@
 """Answering: prompts become rows, a prefill runs them once, then every step adds one token to every branch."""
 
-from pd_jax.data.answers import BranchResult as BranchResult, Columns as Columns, Event as Event, Result as Result
-from pd_jax.decoding.decoder import ParallelDecoder as ParallelDecoder
-from pd_jax.decoding.prompts import Prompt as Prompt
-from pd_jax.decoding.sampling import Method as Method, SamplingParams as SamplingParams
-from pd_jax.decoding.session import Session as Session
+from pd_jax.data.answers import BranchResult, Columns, Event, Result
+from pd_jax.decoding.decoder import ParallelDecoder
+from pd_jax.decoding.prompts import Prompt, make_prompt
+from pd_jax.decoding.sampling import Method, SamplingParams
+from pd_jax.decoding.session import Session
 from pd_jax.decoding.steps import (
-    BLOCK as BLOCK,
-    Cache as Cache,
-    Program as Program,
-    State as State,
-    cache_bytes as cache_bytes,
-    decode_block as decode_block,
-    prefill as prefill,
-    unstack as unstack,
+    BLOCK,
+    Cache,
+    Program,
+    State,
+    cache_bytes,
+    decode_block,
+    encode,
+    feed,
+    prefill,
+    start,
+    unstack,
 )
+
+__all__ = [
+    "BLOCK",
+    "BranchResult",
+    "Cache",
+    "Columns",
+    "Event",
+    "Method",
+    "ParallelDecoder",
+    "Program",
+    "Prompt",
+    "Result",
+]
+__all__ += ["SamplingParams", "State", "cache_bytes", "decode_block", "encode", "feed", "make_prompt", "prefill"]
+__all__ += ["Session", "start", "unstack"]

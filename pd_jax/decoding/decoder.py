@@ -17,18 +17,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from pd_jax.columns import Coordinates
-from pd_jax.config import (
-    ALIGNMENTS,
-    DTYPES,
-    MIX,
-    VISIBILITIES,
-    Align,
-    Dtype,
-    ModelConfig,
-    RowVisibility,
-    Visibility,
-    check_choice,
-)
+from pd_jax.config import MIX, VISIBILITIES, Align, Dtype, ModelConfig, RowVisibility, Visibility, check_choice
 from pd_jax.data.answers import Columns, Event, Result, Transcript, events, result_of
 from pd_jax.data.text import check_ids, tokenise_samples
 from pd_jax.decoding.prompts import SMALLEST_ROW, Prompt, branch_limits, make_prompt, row_visibility
@@ -66,9 +55,9 @@ class Step(NamedTuple):
 
 
 def _check_settings(dtype: str, visibility: str | None, align: str | None) -> None:
-    check_choice("dtype", dtype, DTYPES)
-    check_choice("visibility", visibility or "columns", VISIBILITIES)
-    check_choice("align", align or "left", ALIGNMENTS)
+    check_choice("dtype", dtype, Dtype)
+    check_choice("visibility", visibility or "columns", Visibility)
+    check_choice("align", align or "left", Align)
 
 
 def _check_mesh(config: ModelConfig, mesh: Mesh | None) -> None:
@@ -190,10 +179,8 @@ class ParallelDecoder:
         max_position_embeddings, and a cache that does not fit in the device's memory; all before anything compiles.
         """
         asked = self._tokenise(samples)
-        transcripts: list[list[Transcript]] = []
-        for _, transcripts, _ in self._run(asked, SamplingParams.of(params, options), BLOCK):  # noqa: B007, the last counts
-            pass
-        return [result_of(branches, len(sample)) for sample, branches in zip(asked, transcripts, strict=True)]
+        *_, step = self._run(asked, SamplingParams.of(params, options), BLOCK)
+        return [result_of(branches, len(sample)) for sample, branches in zip(asked, step.transcripts, strict=True)]
 
     def columns(
         self,
@@ -240,7 +227,7 @@ class ParallelDecoder:
         Needed are tokens, branch, column, segment and valid; prompt only when the visibility is "prompts". Samples are
         seen as their own visibility says, as the decoder's where they have none.
         """
-        return self._on_rows(row_logits, layout)[:, : np.shape(layout["tokens"])[1]]
+        return self.on_rows(row_logits, layout)[:, : np.shape(layout["tokens"])[1]]
 
     def attention(self, layout: Layout | Mapping[str, Any]) -> np.ndarray:
         """Where the tokens of branches look, float32 [S, L, N, 3]: mean shares of their attention on the background,
@@ -248,7 +235,7 @@ class ParallelDecoder:
 
         All scores of a layer are in memory at once. A row without branches is NaN.
         """
-        return self._on_rows(row_attention, layout)
+        return self.on_rows(row_attention, layout)
 
     def sibling_effect(self, layout: Layout | Mapping[str, Any]) -> np.ndarray:
         """How much the siblings change what every branch would say, float32 [S, B]: the mean change of the logits of
@@ -265,8 +252,9 @@ class ParallelDecoder:
         with np.errstate(invalid="ignore"):
             return (np.where(there, change[:, None], 0).sum(-1) / there.sum(-1)).astype(np.float32)
 
-    def _on_rows(self, run: Callable[..., Array], layout: Layout | Mapping[str, Any]) -> np.ndarray:
-        """What `steps.row_logits` or `steps.row_attention` says of rows, padded to a bucket."""
+    def on_rows(self, run: Callable[..., Array], layout: Layout | Mapping[str, Any]) -> np.ndarray:
+        """What a jitted function (weights, tokens, coordinates, *, program) says of rows as `logits` takes them, padded
+        to a bucket: `steps.row_logits`, or another that looks into a forward (`pd_jax.replay` does)."""
         given = set(layout.keys())
         shape = np.shape(layout["tokens"])
         arrays = {name: np.asarray(layout[name]) for name in ("tokens", "branch", "column", "segment", "valid")}

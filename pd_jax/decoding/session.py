@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import jax
 import numpy as np
 
 from pd_jax.columns import Coordinates
-from pd_jax.config import VISIBILITIES, Visibility, check_choice
+from pd_jax.config import Visibility, check_choice
 from pd_jax.data.answers import BranchResult, Columns, Event, Result, Transcript, events, result_of
 from pd_jax.data.text import check_ids, tokenise_background, tokenise_samples
 from pd_jax.decoding.prompts import Prompt, branch_limits, make_prompt
@@ -36,7 +36,7 @@ class Session:
     """
 
     def __init__(self, decoder: Any, background: Text, visibility: Visibility, chat_markup: bool, room: int) -> None:
-        check_choice("visibility", visibility, VISIBILITIES)
+        check_choice("visibility", visibility, Visibility)
         if check_whole(room, "room") < 1:
             raise InputError(f"room is {room}; it must be 1 token or more")
         if isinstance(background, str):
@@ -69,7 +69,7 @@ class Session:
 
     def reset(self, to: str = "background") -> None:
         """Forget all forks and joins; the background's part of the cache stays."""
-        check_choice("to", to, ("background",))
+        check_choice("to", to, Literal["background"])
         self._said, self._under_way = replace(self._said, branches=(), later=()), None
         self._cache = replace(self._cache, slot=np.int32(len(self._said.background)))
 
@@ -77,19 +77,15 @@ class Session:
         self, prompts: Sequence[Text], *, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
     ) -> Result:
         """Answer prompts side by side. prefill_tokens of the result are those that were read for it."""
-        branches: list[Transcript] = []
-        for _, branches in self._ask(self._branches(prompts), SamplingParams.of(params, options), BLOCK):  # noqa: B007
-            pass
+        *_, (_, branches) = self._ask(self._branches(prompts), SamplingParams.of(params, options), BLOCK)
         return result_of(branches, self._read)
 
     def join(
         self, prompt: Text, *, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
     ) -> BranchResult:
         """Let the trunk go on: a prompt, and what the model says behind it."""
-        branches: list[Transcript] = []
         (text,) = self._branches([prompt])
-        for _, branches in self._ask(text, SamplingParams.of(params, options), BLOCK):  # noqa: B007
-            pass
+        *_, (_, branches) = self._ask(text, SamplingParams.of(params, options), BLOCK)
         return branches[0].result()
 
     def stream_fork(

@@ -10,11 +10,21 @@ from pd_jax.evaluation.flags import EvaluateFlags
 from pd_jax.evaluation.results import Results
 
 if TYPE_CHECKING:
-    from pd_jax.evaluation.pictures import draw_layout, draw_losses, draw_mask
+    from pd_jax.evaluation.pictures import draw_layout, draw_losses, draw_mask, draw_rope
     from pd_jax.evaluation.report import FOOTNOTE, tables
     from pd_jax.evaluation.run import evaluate
 
-__all__ = ["FOOTNOTE", "EvaluateFlags", "Results", "draw_layout", "draw_losses", "draw_mask", "evaluate", "tables"]
+__all__ = [
+    "FOOTNOTE",
+    "EvaluateFlags",
+    "Results",
+    "draw_layout",
+    "draw_losses",
+    "draw_mask",
+    "draw_rope",
+    "evaluate",
+    "tables",
+]
 
 _FILES = {"FOOTNOTE": "report", "evaluate": "run", "tables": "report"}
 

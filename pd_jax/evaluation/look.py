@@ -11,8 +11,8 @@ import numpy as np
 
 from pd_jax.data.squad import Context, to_tokens
 from pd_jax.evaluation.results import Settings, SightEntry
-from pd_jax.evaluation.rows import write_text
 from pd_jax.layout import unanswered
+from pd_jax.machines import write_whole
 
 if TYPE_CHECKING:
     from pd_jax.decoding import ParallelDecoder
@@ -49,7 +49,7 @@ def look_once(
         if made["settings"] == settings:
             return made["sight"]
     sight = look(load(), contexts, max_new_tokens)
-    write_text(path, json.dumps({"settings": settings, "sight": sight}) + "\n")
+    write_whole(path, json.dumps({"settings": settings, "sight": sight}) + "\n")
     return sight
 
 

@@ -13,6 +13,7 @@ from pd_jax.evaluation.results import Cost, Estimate, Metric, Quality, Record, R
 
 RESAMPLES = 2000  # bootstrap draws
 FEWEST = 10  # contexts for an interval; a bootstrap of fewer is too narrow
+MOST_GROUPS = 8  # numbers of branches, or places, that are looked at one by one
 
 CMRC_PUNCTUATION = "-:_*^/\\~`+=，。：？！“”；’《》…·、「」（）－～『』"
 
@@ -117,6 +118,16 @@ def estimate(scores: np.ndarray, context: np.ndarray, reference: int, seed: int)
     ]
 
 
+def ranges(values: np.ndarray) -> dict[str, tuple[int, int]]:
+    """Which `values` are looked at together: label -> the first and the last. Each by itself; where they are more than
+    MOST_GROUPS, those between two powers of two (1, 2, 3 to 4, 5 to 8, ...)."""
+    there = np.unique(values)
+    group = there if len(there) <= MOST_GROUPS else np.ceil(np.log2(there))
+    parts = [there[group == g] for g in np.unique(group)]
+    ends = [(int(part[0]), int(part[-1])) for part in parts]
+    return {str(first) if first == last else f"{first} to {last}": (first, last) for first, last in ends}
+
+
 def summarize(recorded: Recorded) -> Summary:
     """The table from what was recorded; a pure function of results.json."""
     flags, contexts, records = recorded["flags"], recorded["contexts"], recorded["rows"]
@@ -141,11 +152,12 @@ def summarize(recorded: Recorded) -> Summary:
         return [{"questions": int(keep.sum()), "em": e, "f1": f} for e, f in zip(em, f1, strict=True)]
 
     whole, leak_free = quality(np.ones(len(questions), bool)), quality(free)
-    branches = {int(k): quality(width == k) for k in np.unique(width)}
-    index = {int(b) + 1: quality(branch == b) for b in np.unique(branch)}
+    widths, places = ranges(width), ranges(branch + 1)
+    branches = {k: quality((width >= a) & (width <= z)) for k, (a, z) in widths.items()}
+    index = {k: quality((branch + 1 >= a) & (branch + 1 <= z)) for k, (a, z) in places.items()}
     rows: dict[str, RowSummary] = {}
     for r, name in enumerate(names):
-        by_width = {k: [x for x in records[name] if len(x["answers"]) == k] for k in branches}
+        by_width = {k: [x for x in records[name] if a <= len(x["answers"]) <= z] for k, (a, z) in widths.items()}
         rows[name] = {
             **whole[r],
             "leak_free": leak_free[r],

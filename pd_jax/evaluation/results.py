@@ -96,8 +96,8 @@ class QualityAndCost(Quality):
 
 class RowSummary(QualityAndCost):
     leak_free: Quality  # of the questions that do not leak
-    by_branches: dict[int, QualityAndCost]  # by the number of questions of a context; strings in results.json
-    by_index: dict[int, Quality]  # by the place of a question among its siblings, from 1; strings in results.json
+    by_branches: dict[str, QualityAndCost]  # by the number of questions of a context: "2", or "5 to 8" of many
+    by_index: dict[str, Quality]  # by the place of a question among its siblings, from 1; likewise
 
 
 class Summary(TypedDict):

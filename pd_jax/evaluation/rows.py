@@ -17,7 +17,7 @@ from pd_jax.errors import InputError
 from pd_jax.evaluation.baselines import Decoded
 from pd_jax.evaluation.results import Record, Settings
 from pd_jax.evaluation.ways import Answerer, Conditions, Way, torch_device
-from pd_jax.machines import PeakMemory
+from pd_jax.machines import PeakMemory, naming, write_whole
 
 # Measuring ------------------------------------------------------------------------------------------------------------
 
@@ -59,14 +59,6 @@ def _peak_of(way: Way) -> PeakMemory:
 
 
 # Predictions on disk --------------------------------------------------------------------------------------------------
-
-
-def write_text(path: Path, text: str) -> None:
-    """All or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stage = path.with_name(f".{path.name}.partial")
-    stage.write_text(text, encoding="utf-8")
-    stage.replace(path)
 
 
 def read_predictions(path: Path, settings: Settings) -> list[Record]:
@@ -118,10 +110,10 @@ def run_row(
     if len(records) == len(contexts):
         return records
     answer = load()
-    write_text(path, "".join(map(_line, [settings, *records])))
+    write_whole(path, "".join(map(_line, [settings, *records])))
     if repeats and way.hf:
         answer(contexts[:1], 2, 1)  # torch's warm-up; `measure` sees to ours
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         for start in range(len(records), len(contexts), size):
             batch = contexts[start : start + size]
             with _peak_of(way) as memory:

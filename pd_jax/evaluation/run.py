@@ -29,8 +29,9 @@ from pd_jax.evaluation.look import look_once, sight_line
 from pd_jax.evaluation.metrics import answer_of, leaks, score, summarize
 from pd_jax.evaluation.report import print_table, write_report
 from pd_jax.evaluation.results import ContextEntry, DumpEntry, MachineEntry, Metric, Recorded, Results, Settings
-from pd_jax.evaluation.rows import read_predictions, run_row, write_text
+from pd_jax.evaluation.rows import read_predictions, run_row
 from pd_jax.evaluation.ways import Conditions, Models, RowSpec, choose_rows, default_models, find_sources, torch_device
+from pd_jax.machines import write_whole
 
 if TYPE_CHECKING:  # --from renders a table without jax
     from pd_jax.files import ModelSource
@@ -164,7 +165,7 @@ def _describe(context: Context, metric: Metric) -> ContextEntry:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def dump(results: Results) -> list[DumpEntry]:
@@ -236,9 +237,10 @@ def evaluate(flags: EvaluateFlags) -> Results:
         if ignored:
             raise InputError(f"--{ignored[0].replace('_', '-')} changes nothing of --from {path}; leave it out")
         return _publish(load_results(path, flags.against), path.parent, flags.dump_file, console)
-    from pd_jax.files import claim
+    from pd_jax.files import claim, prove_saving
 
     with claim(Path(flags.output_dir)):
+        prove_saving(Path(flags.output_dir), 0)
         return _evaluate(flags, console)
 
 

@@ -30,6 +30,7 @@ class Way:
     """A way of answering."""
 
     name: str
+    words: str  # what it does, for the report
     visibility: Visibility | None = None  # that we decode with; None: transformers answers
     serial: bool = False  # one answer after the other
 
@@ -45,13 +46,13 @@ class Way:
 WAYS = {
     way.name: way
     for way in (
-        Way("hf-sequential", serial=True),
-        Way("hf-batched"),
-        Way("hf-one-prompt", serial=True),
-        Way("sequential", "isolated", serial=True),
-        Way("isolated", "isolated"),
-        Way("prompts", "prompts"),
-        Way("columns", "columns"),
+        Way("hf-sequential", "transformers, one question after the other", serial=True),
+        Way("hf-batched", "transformers, all questions as one padded batch, the context copied for each"),
+        Way("hf-one-prompt", "transformers, all questions in one prompt, answered in turn", serial=True),
+        Way("sequential", "one question after the other, each alone with the context", "isolated", serial=True),
+        Way("isolated", "all questions of a context at once, none sees another", "isolated"),
+        Way("prompts", "all questions of a context at once, each sees what the others ask", "prompts"),
+        Way("columns", "all questions of a context at once, each sees what the others ask and answer", "columns"),
     )
 }
 

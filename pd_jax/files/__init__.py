@@ -13,6 +13,7 @@ from pd_jax.files.directories import (
     load_params as load_params,
     load_tokenizer as load_tokenizer,
 )
+from pd_jax.files.events import EventFile as EventFile
 from pd_jax.files.export import export_model as export_model, import_model as import_model
 from pd_jax.files.find import (
     ADAPTER_CONFIG as ADAPTER_CONFIG,
@@ -24,7 +25,12 @@ from pd_jax.files.find import (
     read_config_json as read_config_json,
 )
 from pd_jax.files.gguf import import_gguf as import_gguf
-from pd_jax.files.orbax import digest as digest, root_cause as root_cause
+from pd_jax.files.orbax import (
+    digest as digest,
+    read_checkpoint as read_checkpoint,
+    root_cause as root_cause,
+    write_checkpoint as write_checkpoint,
+)
 from pd_jax.files.peft import load_adapter as load_adapter, lora_flags as lora_flags, save_adapter as save_adapter
 from pd_jax.files.runs import (
     Base as Base,

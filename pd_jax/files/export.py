@@ -9,8 +9,9 @@ from pd_jax.files.directories import load_config, load_params, load_tokenizer
 from pd_jax.files.find import PARAMS, find_model, find_source, read_adapter_config, read_config_json
 from pd_jax.files.orbax import write_checkpoint
 from pd_jax.files.peft import load_adapter
+from pd_jax.files.runs import making
 from pd_jax.files.safetensors import Progress, write_params
-from pd_jax.files.saving import check_new, staging, write_metadata
+from pd_jax.files.saving import check_new, write_metadata
 from pd_jax.lora import merge_weight
 
 
@@ -25,7 +26,7 @@ def import_model(model: str, output: Path, dtype: Any = None, progress: Progress
     hf = read_config_json(source)
     config = load_config(source, pair_indices=None if SECTION in hf else ())
     _check_tokenizer(source, config)
-    with staging(output) as stage:
+    with making(output) as stage:
         params = load_params(source, config, dtype, progress=progress)
         write_checkpoint(stage / PARAMS, params)
         # A plain model stays plain: which pairs turn with the branch is chosen when it is trained.
@@ -58,7 +59,7 @@ def export_model(
     for name, part in adapters.items():  # one kind at a time: two models would not fit where one does
         assert lora is not None
         params["layers"][name] = merge_weight(params["layers"][name], part, name, lora)
-    with staging(output) as stage:
+    with making(output) as stage:
         write_params(stage, params, config, max_shard_size=max_shard_size, progress=progress)
         write_metadata(stage, hf, source, params["embed"].dtype)
         (stage / "README.md").write_text(model_card(hf), encoding="utf-8")

@@ -155,7 +155,7 @@ def weight_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
         log.warning("%s has %s and %s; the former is taken, as transformers does", directory, SINGLE, INDEX)
         return [SINGLE], None
     names = sorted(set(weight_map.values()))
-    outside = [name for name in names if Path(name).name != name]
+    outside = [name for name in names if Path(name).name != name or name in ("", "..") or not name.isprintable()]
     if outside:
         raise InputError(f"{index}: weight_map names {outside[0]!r}, which is no file of its directory")
     return names, weight_map

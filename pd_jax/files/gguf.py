@@ -16,8 +16,9 @@ from pd_jax.files.checks import differences, finite, raise_collected
 from pd_jax.files.config_json import LLAMA31_ROPE, LLAMA32_ROPE, config_from_hf
 from pd_jax.files.directories import check_rows
 from pd_jax.files.names import key_table
+from pd_jax.files.runs import making
 from pd_jax.files.safetensors import Pending, write_safetensors
-from pd_jax.files.saving import check_new, staging, write_plain_config
+from pd_jax.files.saving import check_new, write_plain_config
 
 ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3's stretched RoPE divides every frequency by
 END_TOKENS = ("eos", "eot", "eom")
@@ -46,7 +47,7 @@ def import_gguf(file: Path, output: Path, dtype: Dtype = "float32") -> Converted
     import transformers
 
     where = {"pretrained_model_name_or_path": str(file.absolute().parent), "gguf_file": file.name}
-    with staging(output) as stage:
+    with making(output) as stage:
         try:
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(**where)
             model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype))

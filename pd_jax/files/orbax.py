@@ -4,14 +4,14 @@ import logging
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from pd_jax.config import ModelConfig
+from pd_jax.config import Dtype, ModelConfig
 from pd_jax.errors import InputError
 from pd_jax.files.checks import differences, raise_collected
 from pd_jax.params import Params, param_shapes
@@ -42,7 +42,8 @@ def read_checkpoint(path: Path, config: ModelConfig, dtype: Any, shardings: Any)
     """The weights at `path`, checked against `config` before they are read; dtype None: as they are stored."""
     path = path.absolute()  # orbax finds nothing at a relative one, and says nothing
     try:
-        stored = ocp.metadata(str(path)).metadata
+        metadata = ocp.metadata(str(path))
+        stored, about = metadata.metadata, metadata.custom_metadata
     except Exception as error:
         raise InputError(f"{path} is not a readable checkpoint: {root_cause(error)}") from None
     found, expected = _by_name(stored), _by_name(param_shapes(config))
@@ -59,6 +60,9 @@ def read_checkpoint(path: Path, config: ModelConfig, dtype: Any, shardings: Any)
             params = ocp.load(str(path), target)
     except Exception as error:
         raise InputError(f"{path} is not a readable checkpoint: {root_cause(error)}") from None
+    sums: Any = about.get("digest") if isinstance(about, dict) else None  # an older one has none
+    if sums and sums.get(params["norm"].dtype.name) not in (None, digest(params)):
+        raise InputError(f"{path} is not what was saved: bits have changed on the disk; restore it from a copy")
     broken = [name for name, fine in _by_name(_finite(params)).items() if not fine]
     if broken:
         raise InputError(f"{path}: {broken[0]} holds NaN or infinity; it is damaged, or training has diverged")
@@ -75,28 +79,44 @@ def _finite(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def digest(tree: Any) -> list[int]:
-    """A checksum of every array, by its bits: orbax keeps none, and a flipped bit of a number is a number.
+def digest(tree: Any, dtype: Dtype | None = None) -> list[int]:
+    """A checksum of every array, as it is or as `dtype`, by its bits: orbax keeps none, and a flipped bit of a number
+    is a number.
 
     Whatever the devices, the sums are the same: they are of integers, modulo 2^32.
     """
+    return [int(total) for total in jax.tree.leaves(_sums(tree, dtype))]
 
+
+@partial(jax.jit, static_argnames="dtype")  # here, not in `digest`: else every call would compile it, and keep it
+def _sums(tree: Any, dtype: Dtype | None) -> Any:
     def one(x: jax.Array) -> jax.Array:
+        x = x if dtype is None else x.astype(dtype)
         bits = jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32)
         places = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
         return jnp.sum(bits * (2 * places + 1), dtype=jnp.uint32)  # odd: the change of any one bit stays
 
-    return [int(total) for total in jax.tree.leaves(jax.jit(partial(jax.tree.map, one))(tree))]
+    return jax.tree.map(one, tree)
 
 
 def write_checkpoint(path: Path, params: Params) -> None:
-    """Write `params` as the checkpoint `path`; every process must call it."""
-    with _context(params):
-        ocp.save(str(path.absolute()), params)
+    """Write `params` as the checkpoint `path`, with their checksums; every process must call it. Raises `InputError`
+    where it cannot be written."""
+    sums: Any = {dtype: digest(params, dtype) for dtype in get_args(Dtype)}
+    try:
+        with _context(params):
+            ocp.save(str(path.absolute()), params, custom_metadata={"digest": sums})
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be written ({root_cause(error)}); make room or choose another place, and run the same "
+            "command again"
+        ) from None
 
 
 def root_cause(error: BaseException) -> str:
     """Orbax wraps every failure in a page about handlers; the reason is at the bottom of the chain."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # ty: ignore[invalid-assignment]
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    text = str(error).strip().partition("\n")[0]
+    text = text if len(text) <= 400 else f"{text[:100]} ... {text[-300:]}"  # tensorstore says all of its settings
+    return f"{type(error).__name__}: {text}"

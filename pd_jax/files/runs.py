@@ -1,4 +1,5 @@
-"""The output directory of a training run: run.json says what runs there, so that the same command goes on with it."""
+"""Who writes an output directory, alone; and of a training run what it is: run.json, with which the same command goes
+on."""
 
 import fcntl
 import json
@@ -15,7 +16,8 @@ from jax.experimental import multihost_utils
 
 from pd_jax.errors import InputError
 from pd_jax.files.checks import COUNT, FLAG, OBJECT, TEXT, check_fields, read_json
-from pd_jax.files.saving import LOCK, left_in
+from pd_jax.files.saving import LOCK, check_new, left_in, staging
+from pd_jax.machines import write_whole
 
 Base = dict[str, str]  # the name and the fingerprint of the model that adapters belong to
 
@@ -48,10 +50,10 @@ def claim(output: Path) -> Generator[None]:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         lock.close()
-        raise InputError(f"{output} is in use by {holder}; wait for it, or use another --output-dir") from None
+        raise InputError(f"{output} is in use by {holder}; wait for it, or use another directory") from None
     except OSError as error:
         if lock is None and not output.is_dir():
-            raise InputError(f"--output-dir {output} cannot be made ({error}); choose another") from None
+            raise InputError(f"the directory {output} cannot be made ({error}); choose another") from None
         if lock is not None:
             log.warning("%s cannot be locked (%s); start only one run in it", output, error)
     else:
@@ -61,8 +63,8 @@ def claim(output: Path) -> Generator[None]:
                 yield
             return
         lock.truncate(0)
-        lock.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
-        lock.flush()
+        with suppress(OSError):  # the lock holds without it, too
+            os.write(lock.fileno(), f"host {socket.gethostname()}, process {os.getpid()}\n".encode())
     try:
         yield
     finally:
@@ -71,6 +73,15 @@ def claim(output: Path) -> Generator[None]:
             with suppress(OSError):
                 output.rmdir()
             lock.close()
+
+
+@contextmanager
+def making(output: Path) -> Generator[Path]:
+    """`staging` of a conversion, alone in `output`, in which nothing may be."""
+    with claim(output):
+        check_new(output)
+        with staging(output) as stage:
+            yield stage
 
 
 def check_output(output: Path, flags: dict[str, Any]) -> bool:
@@ -127,9 +138,7 @@ def keep_metrics(path: Path, last: int) -> None:
             kept += [line] if step <= last else []
         elif number < len(lines) or line.endswith(b"}"):
             raise InputError(f"{path}: line {number} has no step; mend the line or remove it")
-    stage = path.with_name(f".{path.name}")
-    stage.write_bytes(b"".join(line + b"\n" for line in kept))
-    stage.replace(path)
+    write_whole(path, b"".join(line + b"\n" for line in kept))
 
 
 def check_base(output: Path, base: Base) -> None:
@@ -163,7 +172,5 @@ def write_run(
         multihost_utils.sync_global_devices("run.json")  # every process has read the one before, or is done
     output.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-        stage = output / ".run.json"
         run = {"flags": flags, "base": base, "data": dict(data), "finished": finished}
-        stage.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        stage.replace(output / "run.json")
+        write_whole(output / "run.json", json.dumps(run, indent=2) + "\n")

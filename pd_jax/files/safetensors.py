@@ -21,6 +21,7 @@ from pd_jax.errors import InputError
 from pd_jax.files.checks import differences, finite, raise_collected
 from pd_jax.files.find import weight_files
 from pd_jax.files.names import Entry, key_table
+from pd_jax.machines import naming
 from pd_jax.params import BY_NAME, Params, param_shapes, tree_of
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
@@ -69,7 +70,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
             found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except SafetensorError as error:
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is truncated or damaged ({error}); download it again") from None
     for name, (dtype, _) in found.items():
         if dtype not in DTYPES:
@@ -211,11 +214,12 @@ def write_safetensors(path: Path, tensors: dict[str, Pending]) -> None:
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, _, make in tensors.values():
             # A transposed view must become contiguous first: its bytes are in another order than its elements.
-            np.ascontiguousarray(make()).tofile(file)
+            # Not `tofile`, which does not say why a disk takes no more.
+            file.write(np.ascontiguousarray(make()).reshape(-1).view(np.uint8).data)
 
 
 def write_params(

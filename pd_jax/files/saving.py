@@ -31,11 +31,18 @@ COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
 
 
 STAGE, LOCK = ".partial", ".lock"  # inside a directory that is written: what is not complete, and who writes
+MOVING = ".moving"  # inside STAGE: the names of what has begun to move out of it, the last one last
+PROBE, RUN_STAGE = ".probe", ".run.json.partial"  # a proof that it can be written, and a run.json that is not complete
 
 
 def left_in(directory: Path) -> list[Path]:
-    """What `directory` holds, beside what a process that was killed may have left there."""
-    return [path for path in directory.iterdir() if path.name not in (STAGE, LOCK)]
+    """What `directory` holds, beside what a process that was killed may have left there: also files that it had moved
+    already, until the last one is there."""
+    moving = directory / STAGE / MOVING
+    moved = moving.read_text(encoding="utf-8").splitlines() if moving.is_file() else []
+    if moved and (directory / moved[-1]).exists():
+        moved = []
+    return [path for path in directory.iterdir() if path.name not in (STAGE, LOCK, PROBE, RUN_STAGE, *moved)]
 
 
 @contextmanager
@@ -46,20 +53,24 @@ def staging(directory: Path, last: str = "config.json") -> Generator[Path]:
     New files replace those of the same name and the rest stays: the file `last` goes away first and comes last, so that
     what an interruption leaves behind never looks complete.
     """
-    new, stage = not directory.exists(), directory / STAGE
+    new, stage, moving = not directory.exists(), directory / STAGE, False
     directory.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(stage, ignore_errors=True)
     try:
         stage.mkdir()
         yield stage
         names = sorted((path.name for path in stage.iterdir()), key=last.__eq__)
+        (stage / MOVING).write_text("\n".join(names), encoding="utf-8")
+        moving = True
         (directory / last).unlink(missing_ok=True)
         for name in names:
             if (directory / name).is_dir():
                 shutil.rmtree(directory / name)
             os.replace(stage / name, directory / name)
+        moving = False
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if not moving:  # else it says what has moved, as after a kill
+            shutil.rmtree(stage, ignore_errors=True)
         if new and not any(directory.iterdir()):
             directory.rmdir()
 
@@ -69,7 +80,7 @@ def prove_saving(directory: Path, needed: int) -> None:
     a small file takes the way of the model, and is read back. Only process 0 looks."""
     if jax.process_index() != 0:
         return
-    probe = directory / ".probe"
+    probe = directory / PROBE
     try:
         with staging(directory, last=probe.name) as stage:
             (stage / probe.name).write_bytes(b"pd_jax")

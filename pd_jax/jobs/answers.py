@@ -6,10 +6,9 @@ line that a kill cut short is dropped; every other one is kept, and none is made
 
 import fcntl
 import json
-import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +19,7 @@ from pd_jax.decoding import ParallelDecoder, Result
 from pd_jax.errors import InputError
 from pd_jax.jobs.requests import Request
 from pd_jax.layout import TokenSample
+from pd_jax.machines import naming, write_whole
 
 WINDOW = 64  # batches that are sorted by length together: rows of a batch wait for its longest
 
@@ -49,28 +49,23 @@ def open_answers(output: Path, about: dict[str, Any]) -> Generator[tuple[IO[byte
         file = partial.open("a+b")
     except OSError as error:
         raise InputError(f"--output {output} cannot be written ({error}); choose another") from None
-    with file:
+    with naming(partial), file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{partial} is being written by another process; wait for it") from None
-        done = _go_on(file, partial, about)
         try:
-            yield file, done
+            with naming(partial):
+                yield file, _go_on(file, partial, about)
         except BaseException:
-            file.flush()
-            if len(partial.read_bytes().splitlines()) == 1:
+            with suppress(OSError):
+                file.flush()
+            if len(partial.read_bytes().splitlines()) <= 1:
                 partial.unlink()  # nothing has been answered: nothing is left behind
             raise
-        file.flush()
         file.seek(0)
-        records = sorted(map(json.loads, file.read().splitlines()[1:]), key=lambda record: record["line"])
-        stage = output.with_name(f".{output.name}")
-        with stage.open("wb") as out:
-            for record in records:
-                del record["line"]
-                out.write(_as_line(record))
-        os.replace(stage, output)
+        records = sorted(map(json.loads, file.read().splitlines()[1:]), key=lambda record: record.pop("line"))
+        write_whole(output, b"".join(map(_as_line, records)))
         partial.unlink()
 
 
@@ -107,14 +102,22 @@ def answer_requests(
     """Append the answers of `requests` that are not `done` to `file`. `advance` is told how many documents and tokens
     of answers have been added. Documents of about the same length are answered together."""
     waiting = (request for request in requests if request.line not in done)
-    for batch in _batches(waiting, decoder, settings, bad):
+    for batch in answer_batches(decoder, waiting, settings, bad):
+        for request, _, result in batch:
+            file.write(_as_line(_record(request, result)))
+        file.flush()
+        advance(len(batch), sum(len(branch.token_ids) for _, _, result in batch for branch in result.branches))
+
+
+def answer_batches(
+    decoder: ParallelDecoder, requests: Iterator[Request], settings: Settings, bad: BadRows
+) -> Iterator[list[tuple[Request, TokenSample, Result]]]:
+    """Requests with their tokens and answers, a batch at a time; those of about the same length together."""
+    for batch in _batches(requests, decoder, settings, bad):
         asked = [sample for _, sample in batch]
         limits = [_limits(request, settings) for request, _ in batch]
         results = decoder.generate(asked, max_new_tokens=limits, stop=settings.stop)
-        for (request, _), result in zip(batch, results, strict=True):
-            file.write(_as_line(_record(request, result)))
-        file.flush()
-        advance(len(batch), sum(len(branch.token_ids) for result in results for branch in result.branches))
+        yield [(*pair, result) for pair, result in zip(batch, results, strict=True)]
 
 
 def _as_line(record: dict[str, Any]) -> bytes:

@@ -120,7 +120,8 @@ def compile_train_step(workload: Workload, config: ModelConfig, devices: list[An
     attention, lora = workload.attention, workload.lora
     if attention == "auto" and devices[0].platform == "gpu":
         attention = "chunked"
-        log.warning("attention: chunked on gpu (NVIDIA's kernels cannot be traced without their GPU)")
+        kind = devices[0].device_kind
+        log.warning("attention: chunked on %s (NVIDIA's kernels cannot be traced without their GPU)", kind)
     optimizer, _ = make_optimizer(Optimisation(), 1000)
     here, shardings = NamedSharding(mesh, P()), param_shardings(config, mesh)
     weights = jax.eval_shape(partial(init_params, config), jax.random.key(0))

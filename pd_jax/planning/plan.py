@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 
 from pd_jax.config import LoraConfig, ModelConfig
-from pd_jax.machines import GIB, Machine, peak_bytes
+from pd_jax.machines import GIB, Machine, measured, peak_bytes
 from pd_jax.mesh import make_mesh
 from pd_jax.params import parameter_count, training_flops
 from pd_jax.planning.collectives import collectives
@@ -23,7 +23,8 @@ from pd_jax.planning.flags import PlanFlags
 class Plan:
     """What one device does in one unit of work."""
 
-    machine: Machine
+    machine: Machine  # by its data sheet
+    measured: Machine | None = None  # the same as `scripts/doctor.py` measured it, where it ran on one
     devices: int  # that share the work
     unit: Literal["step", "column"]
     tokens: int  # of the unit, on all devices
@@ -33,14 +34,13 @@ class Plan:
     traffic: float  # bytes to and from memory
     collectives: dict[str, tuple[int, int]]  # by kind: how many, and bytes sent in all of them
 
-    @property
-    def seconds(self) -> dict[str, float]:
-        """The least time that each resource needs; the largest bounds the unit."""
+    def seconds(self, machine: Machine) -> dict[str, float]:
+        """The least time that each resource of `machine` needs; the largest bounds the unit."""
         sent = sum(size for _, size in self.collectives.values())
         return {
-            "compute": self.flops / self.machine.flops,
-            "memory": self.traffic / self.machine.bandwidth,
-            "links": sent / self.machine.link,
+            "compute": self.flops / machine.flops,
+            "memory": self.traffic / machine.bandwidth,
+            "links": sent / machine.link,
         }
 
 
@@ -77,6 +77,7 @@ def plan_training(flags: PlanFlags, config: ModelConfig) -> Plan:
     kernels = 2 * parameter_count(config) / ways * (3 if flags.remat == "full" else 2)
     return Plan(
         machine=machine,
+        measured=measured(devices[0].device_kind),
         devices=len(devices),
         unit="step",
         tokens=tokens,
@@ -104,6 +105,7 @@ def plan_decoding(flags: PlanFlags, config: ModelConfig) -> Plan:
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * slots
     return Plan(
         machine=machine,
+        measured=measured(devices[0].device_kind),
         devices=used,
         unit="column",
         tokens=n,
@@ -127,8 +129,9 @@ def report(name: str, plan: Plan) -> str:
 
     spare = plan.machine.memory - plan.peak
     fits = f"fits, {gib(spare)} to spare" if spare >= 0 else f"does not fit, {gib(-spare)} too much"
-    resource = max(plan.seconds, key=plan.seconds.__getitem__)
-    seconds = plan.seconds[resource]
+    least = plan.seconds(plan.machine)
+    resource = max(least, key=least.__getitem__)
+    seconds = least[resource]
     lines = [
         f"{name}: {fits}",
         f"  memory      peak {gib(plan.peak)} of {gib(plan.machine.memory)}: "
@@ -138,8 +141,11 @@ def report(name: str, plan: Plan) -> str:
             f"  {kind:<19} {count} a {plan.unit}, {size / 1e9:.3g} GB sent"
             for kind, (count, size) in plan.collectives.items()
         ),
-        "  least time  " + ", ".join(f"{key} {1e3 * value:.2f} ms" for key, value in plan.seconds.items()),
+        "  least time  " + ", ".join(f"{key} {1e3 * value:.2f} ms" for key, value in least.items()),
         f"  bound by {resource}: at best {1e3 * seconds:.2f} ms a {plan.unit}, {plan.tokens / seconds:,.0f} tokens/s "
         f"on {plan.devices} devices",
     ]
+    if plan.measured is not None:
+        slower = max(plan.seconds(plan.measured).values())
+        lines.append(f"  as scripts/doctor.py measured this machine: at best {1e3 * slower:.2f} ms a {plan.unit}")
     return "\n".join(lines)

@@ -48,10 +48,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        try:
-            self.orbax.close()
-        except Exception as error:
-            say(f"warning: the last checkpoint could not be saved ({root_cause(error)})")
+        self.wait(self.orbax.close)
 
     def save(self, step: int, state: State, data: Any, loss: float) -> None:
         """Start to save `state` and the JSON position `data`. A failed earlier save is reported and does not end the
@@ -64,8 +61,12 @@ class Checkpoints:
         except Exception as error:
             say(f"warning: checkpoint {step} could not be saved ({root_cause(error)}); the run goes on")
 
-    def wait(self) -> None:
-        self.orbax.wait()
+    def wait(self, finish: Any = None) -> None:
+        """Until the save in flight has ended; one that failed is reported."""
+        try:
+            (finish or self.orbax.wait)()
+        except Exception as error:
+            say(f"warning: the last checkpoint could not be saved ({root_cause(error)})")
 
     def newest(self, target: State) -> tuple[State, Any, int] | None:
         """(state, data, step) of the newest checkpoint that can be read into `target`; damaged ones are set aside."""

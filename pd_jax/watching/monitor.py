@@ -11,10 +11,9 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
-from pd_jax.files import keep_metrics
-from pd_jax.machines import peak_flops
+from pd_jax.files import EventFile, keep_metrics
+from pd_jax.machines import naming, peak_flops
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -49,7 +48,7 @@ class Monitor:
             say(f"MFU is a share of {self.peak / 1e12:,.2f} TFLOP/s: {jax.device_count()} x {origin}")
             keep_metrics(self.path, first)
             self.file = self.path.open("a", encoding="utf-8")
-            self.events = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1)
+            self.events = EventFile(output / "tensorboard", first + 1)
         self.first, self.began = first, math.nan
         self.since, self.seen, self.tokens, self.used = time.monotonic(), first, 0.0, 0.0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -63,7 +62,8 @@ class Monitor:
     def __exit__(self, *_: Any) -> None:
         self.bar.stop()
         if self.mine:
-            self.file.close()
+            with naming(self.path):
+                self.file.close()
             self.events.close()
 
     def __call__(self, step: int, metrics: Mapping[str, Any], validation: tuple[float, float] | None = None) -> None:
@@ -103,11 +103,10 @@ class Monitor:
         self.since, self.seen, self.tokens, self.used = now, step, 0.0, 0.0
         if not self.mine:
             return
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        for name, value in record.items():
-            if name != "step":
-                self.events.add_scalar(name, value, step)
+        with naming(self.path):
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        self.events.add(step, {name: value for name, value in record.items() if name != "step"})
         left = duration((self.steps - step) * record["seconds_per_step"])
         say(
             f"step {step}/{self.steps}  loss {loss:.4f}  "

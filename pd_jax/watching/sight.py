@@ -23,9 +23,12 @@ SHUT = -4.0  # a sibling_bias below it lets less than 2 % through
 PLACES = ("background", "own branch", "siblings")  # the last axis of `attention_mass`; joins count as background
 
 
-def watching(coordinates: Coordinates, visibility: RowVisibility) -> tuple[Callable[..., Array], list[Array]]:
-    """Attention for `model.block` over rows [B, T], and the list that every call appends its mean shares to: those of
-    the tokens that stand in branches, float32 [B, N, 3] in the order of `PLACES`; NaN in a row without any."""
+def watching(
+    coordinates: Coordinates, visibility: RowVisibility, keep: Callable[[Array], Array] | None = None
+) -> tuple[Callable[..., Array], list[Array]]:
+    """Attention for `model.block` over rows [B, T], and the list that every call appends to what it keeps: `keep` of
+    its weights [B, K, N/K, T, S], by default their mean shares of the tokens that stand in branches, float32 [B, N, 3]
+    in the order of `PLACES`; NaN in a row without any."""
     mask = column_mask(coordinates, coordinates, visibility)
     siblings = sibling_mask(coordinates, coordinates)
     background = jnp.broadcast_to((coordinates.branch == 0)[:, None, :], mask.shape)
@@ -34,11 +37,13 @@ def watching(coordinates: Coordinates, visibility: RowVisibility) -> tuple[Calla
     asking /= jnp.sum(asking, axis=1, keepdims=True)
     seen: list[Array] = []
 
+    def shares(weights: Array) -> Array:
+        return jnp.einsum("bkgts,btsp,bt->bkgp", weights, places, asking).reshape(len(weights), -1, len(PLACES))
+
     def attend(q: Array, k: Array, v: Array, sibling_bias: Array | None = None) -> Array:
         bias = None if sibling_bias is None else sibling_scores(siblings, sibling_bias)
         weights = attention_weights(q, k, mask, bias)
-        shares = jnp.einsum("bkgts,btsp,bt->bkgp", weights, places, asking)
-        seen.append(shares.reshape(len(q), -1, len(PLACES)))
+        seen.append((keep or shares)(weights))
         return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v).reshape(q.shape)
 
     return attend, seen

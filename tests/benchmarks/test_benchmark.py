@@ -1,6 +1,7 @@
 """The benchmarks run, at sizes that say nothing, and report every contender that this machine has."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -52,6 +53,37 @@ def test_compiling_is_neither_timed_nor_charged_and_what_takes_too_long_is_not_c
     assert calls == ["compiles", "slow", "compiles", "compiles"]
     assert timings.keys() == {"compiles", "slow"}
     assert timings["compiles"].seconds < 0.1 < timings["slow"].seconds
+
+
+def test_what_does_not_fit_into_memory_is_said_and_called_no_more(capsys):
+    calls = []
+
+    def starved():
+        calls.append("starved")
+        raise RuntimeError("RESOURCE_EXHAUSTED: no room\nfor it")
+
+    assert fastest({"starved": Contender(starved), "fine": Contender(lambda: None)}, 2, cpu_time=False).keys() == {
+        "fine"
+    }
+    assert calls == ["starved"]
+    assert capsys.readouterr().out == "skipped: starved: RESOURCE_EXHAUSTED: no room\n"
+    with pytest.raises(RuntimeError, match="another"):
+        fastest({"broken": Contender(lambda: (_ for _ in ()).throw(RuntimeError("another")))}, 1, cpu_time=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [[], ["--use-lora", "--remat", "full"]])
+def test_train(lora):
+    """The first step of all has the same loss, and every line has an MFU."""
+    sizes = ["--branches", "2", "--seq-length", "8", "--batch-size", "1", "--repeat", "1"]
+    text = report("train", *sizes, "--attention", "dense", "chunked", *lora)
+    found = re.findall(r"loss of the first step: ([\d.]+) \((\w+)\)", text)
+    losses = {name: float(loss) for loss, name in found}
+    assert losses.keys() == {"transformers", "dense", "chunked"}
+    assert max(losses.values()) - min(losses.values()) < 1e-4
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith((*losses,))}
+    assert rows.keys() == losses.keys()
+    assert all(float(row[2]) > 0 for row in rows.values())
 
 
 @pytest.mark.slow

@@ -113,7 +113,8 @@ def test_finetuning_on_rounds(tmp_path):
         "max_length": 128,
         "max_steps": 2,
         "logging_steps": 1,
-        "mesh": (1, 1, 1),
+        "mesh": (1, 8, 1),
+        "batch_size": 8,
     }
     with pytest.raises(InputError, match="--max-branches is for data in SQuAD's format"):
         finetune(FinetuneFlags(**options, max_branches=2))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 from functools import cache
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from sources import random_params
 import pd_jax.decoding.decoder
 from pd_jax import ParallelDecoder, Sample, SamplingParams, lora
 from pd_jax.attention import dense_attention
-from pd_jax.config import ALIGNMENTS, VISIBILITIES, Llama3Rope, LoraConfig
+from pd_jax.config import VISIBILITIES, Align, Llama3Rope, LoraConfig
 from pd_jax.data.answers import Transcript
 from pd_jax.decoding.prompts import make_prompt
 from pd_jax.decoding.sampling import Controls, Method, SamplingOptions, cut, distribution, draw
@@ -95,7 +96,7 @@ def test_incremental_logits_equal_one_forward(visibility):
     begin = jax.jit(start, static_argnums=(1, 4))
     any_controls = controls()
     step = jax.jit(feed, static_argnums=1)
-    for align in ALIGNMENTS:
+    for align in get_args(Align):
         ours = decoder(visibility=visibility, align=align)
         layout = ours.layout(FINISHED)
         full = ours.logits(layout)
@@ -127,7 +128,7 @@ def test_what_a_branch_waits_for_when_siblings_answer_beside_its_prompt():
     assert make_prompt(ASKED, [[9] * 3, [9] * 2], "ragged", "isolated").forced_count.max() == 0
 
 
-@pytest.mark.parametrize("align", ALIGNMENTS)
+@pytest.mark.parametrize("align", get_args(Align))
 def test_the_first_token_stands_in_the_answer_column(align):
     prompt = make_prompt(ASKED, [[9] * 3, [9] * 2], align, "columns")
     for r, sample in enumerate(ASKED):

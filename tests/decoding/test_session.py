@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 from functools import cache
+from typing import get_args
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from sources import random_params
 import pd_jax.decoding.steps
 from pd_jax import Branch, ParallelDecoder, Sample, TokenSample
 from pd_jax.columns import Coordinates, column_mask
-from pd_jax.config import ALIGNMENTS, VISIBILITIES
+from pd_jax.config import VISIBILITIES, Align
 from pd_jax.decoding.steps import PIECE
 from pd_jax.files import config_to_hf, write_params
 
@@ -25,6 +26,7 @@ PAIRED = tiny.config(tie_word_embeddings=False, sibling_bias=True)
 PLAIN = tiny.config(tie_word_embeddings=False, pair_indices=())
 KNOWN = len(tiny.tokenizer())
 OFTEN = tuple(range(0, KNOWN, 7))  # a branch ends at one token of seven
+ALIGNMENTS = get_args(Align)
 NEVER = tuple(KNOWN for _ in OFTEN)  # an id that the tokenizer does not have: a branch goes on to its limit
 
 

@@ -59,6 +59,9 @@ def test_one_command_writes_the_page_and_goes_on_where_it_stopped(tmp_path):
     different = {key for key in columns if columns[key] != control[key]}
     assert different == {"output_dir", "pair_indices", "sibling_bias", "visibility", "align"}
     assert (control["pair_indices"], control["visibility"], control["align"]) == ([], "isolated", "ragged")
+    nearer = flags("columns-nearer")
+    different = {key for key in nearer if nearer[key] != control[key]}
+    assert different == {"output_dir", "sibling_bias", "sibling_bias_start", "visibility"}
     shutil.rmtree(out / "told")  # only this is made anew
     before = (out / "columns" / "run.json").stat().st_mtime_ns
     again = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)

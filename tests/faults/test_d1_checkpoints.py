@@ -1,4 +1,5 @@
-"""Whatever happens to a file of the newest checkpoint: it is read as it was saved, or the one before is."""
+"""Whatever happens to a file of the newest checkpoint: it is read as it was saved, or the one before is. A model
+is read as it was saved, or refused."""
 
 import shutil
 
@@ -6,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from pd_jax.files import digest
+from pd_jax.errors import InputError
+from pd_jax.files import digest, load_params, save_model
 from pd_jax.mesh import make_mesh
+from pd_jax.params import init_params
 from pd_jax.training.checkpoints import Checkpoints
 
 FIRST, SECOND = 3, 6
@@ -66,6 +70,42 @@ def test_every_file_of_the_newest_checkpoint(saved, tmp_path, damage, capsys):
         fell_back += [name] if step == FIRST else []
         assert (f"checkpoint {SECOND} is unreadable" in capsys.readouterr().out) == (step == FIRST)
     assert fell_back  # the damage does reach the numbers
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    config = tiny.config(num_hidden_layers=1, hidden_size=16, vocab_size=320)
+    source = tiny.model_directory(tmp_path_factory.mktemp("models") / "base", num_hidden_layers=1, hidden_size=16)
+    save_model(source.parent / "model", init_params(config, jax.random.key(0)), config, source)
+    return source.parent / "model", config
+
+
+@pytest.mark.parametrize(
+    ("dtype", "damages"),
+    [
+        ("bfloat16", ["flipped"]),
+        *(pytest.param(dtype, list(DAMAGE), marks=pytest.mark.slow) for dtype in ("float32", "bfloat16")),
+    ],
+)
+def test_every_file_of_a_model(model, tmp_path, dtype, damages):
+    """Also read as another dtype than it was saved as, when numbers are not what lies on the disk."""
+    directory, config = model
+    whole = load_params(directory, config, dtype)
+    names = [path.relative_to(directory) for path in (directory / "params").rglob("*") if path.is_file()]
+    refused = dict.fromkeys(damages, 0)
+    for damage in damages:
+        for number, name in enumerate(names):
+            here = tmp_path / f"{damage}{number}"
+            shutil.copytree(directory, here)
+            path = here / name
+            path.write_bytes(DAMAGE[damage](path.read_bytes()) if path.stat().st_size else b"")
+            try:
+                found = load_params(here, config, dtype)
+            except InputError:
+                refused[damage] += 1
+            else:
+                jax.tree.map(np.testing.assert_array_equal, found, whole)
+    assert all(refused.values()), refused
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])

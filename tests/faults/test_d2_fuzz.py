@@ -51,8 +51,10 @@ TOKEN = re.compile(rb'"[^"]*"|-?\d+(?:\.\d+)?|true|false|null|[\[\]{}:,]')
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
     """One to three changes: a value of the text becomes another, or bytes are flipped, cut, doubled or added."""
-    for _ in range(rng.randint(1, 3)):
-        tokens = list(TOKEN.finditer(data))
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        found = list(TOKEN.finditer(data))
+        # Mostly values and keys: what is still JSON gets further than what is none.
+        tokens = [token for token in found if token.group()[0] not in b"[]{}:,"] if rng.random() < 0.8 else found
         at = rng.randrange(len(data) + 1)
         to = min(len(data), at + rng.randint(1, 30))
         kind = rng.random()
@@ -158,5 +160,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as directory:
         total = fuzz(Path(directory), asked.count, asked.seed)
     for file, counts in total.items():
-        print(f"{file:30} {dict(counts)}")
-    print(f"{asked.count} inputs in {time.monotonic() - began:.0f} s, nothing but one line")
+        print(f"{file:30} {counts.total():6} inputs: {counts['refused']:6} refused, {counts['taken']:6} taken")
+    print(f"{asked.count} inputs in {time.monotonic() - began:.0f} s; other exceptions: 0")

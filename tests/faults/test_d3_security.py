@@ -70,7 +70,9 @@ def test_a_model_directory_s_code_is_not_run(tmp_path):
     assert len(load_tokenizer(source)) == 320
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/../../b", "sub/part.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "a/../../b", "sub/part.safetensors", "", ".", "..", "a\0b"]
+)
 def test_an_index_names_files_of_its_directory_only(tmp_path, name):
     source = make_source(tmp_path / "model")
     (source / "model.safetensors").rename(tmp_path / "outside.safetensors")

@@ -10,6 +10,7 @@ import tiny
 
 from pd_jax import ParallelDecoder, Sample
 from pd_jax.files import load_config, save_model, write_params
+from pd_jax.jobs import one_line
 from pd_jax.params import init_params
 
 DOCUMENTS = [
@@ -85,8 +86,7 @@ def test_a_job_that_was_killed_goes_on_without_losing_or_repeating_a_line(tmp_pa
 
     out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     monkeypatch.setattr(ParallelDecoder, "generate", killed)
-    with pytest.raises(KeyboardInterrupt):
-        answer("--input", source, "--output", out, *SMALL)
+    assert answer("--input", source, "--output", out, *SMALL) == 130
     assert not out.exists()
     with partial.open("a") as file:
         file.write('{"line": 7, "id": "d6", "answ')  # cut while it was written
@@ -162,3 +162,41 @@ def test_plain_is_transformers_greedy_token_for_token(tmp_path, model, answer, c
             assert said == tokenizer.decode([i for i in whole if i < 256]).strip()  # what ends an answer is not said
     assert answer("--plain", "--align", "left", "--input", source, "--output", tmp_path / "x", name="hf") == 2
     assert "contradict" in capsys.readouterr().err
+
+
+def replayed(page) -> list[dict]:
+    """The records of a replay."""
+    return json.loads(page.read_text(encoding="utf-8").split('type="application/json">')[1].split("</script>")[0])
+
+
+def test_a_replay_shows_the_answers_of_the_job(tmp_path, answer, capsys, monkeypatch):
+    documents = [*DOCUMENTS[:2], DOCUMENTS[0] | {"id": "long", "background": "long " * 40}]
+    source, out, page = write(tmp_path / "in.jsonl", documents), tmp_path / "out.jsonl", tmp_path / "replay.html"
+    assert answer("--input", source, "--output", out, "--attention", *SMALL) == 2
+    assert "--attention is for --html" in capsys.readouterr().err
+    monkeypatch.setattr("pd_jax.replay.MOST_TOKENS", 80)
+    assert answer("--input", source, "--output", out, "--html", page, "--attention", *SMALL) == 0
+    records = replayed(page)
+    short = read(out)[:2]  # the third is too long for the page
+    assert [made["title"] for made in records] == [row["id"] for row in short]
+    assert f"{page}: a replay of 2 documents" in capsys.readouterr().out
+    for made, row in zip(records, short, strict=True):
+        cells = [*zip(made["branch"], made["kind"], made["text"], strict=True)]
+        said = ["".join(t for b, k, t in cells if (b, k) == (n, 2)) for n in range(1, len(made["ends"]) + 1)]
+        assert [text.strip() for text in said] == row["answers"]
+        assert made["ends"] == row["finish_reasons"]
+        assert len(made["attention"]) == 2  # the average, and one layer
+
+
+def test_the_demo_s_replay_shows_what_it_printed(tmp_path, command, model, capsys):
+    page, asked = tmp_path / "replay.html", ("--background", "It is red.", "--questions", "What?", "Why so?")
+    flags = ("--model-name", model / "columns", "--max-new-tokens", 6, *asked)
+    assert command("demo", *flags, "--attention") == 2
+    assert command("demo", *flags, "--html", page) == 0
+    (made,) = replayed(page)
+    printed = capsys.readouterr().out
+    for branch in (1, 2):
+        cells = zip(made["branch"], made["kind"], made["text"], strict=True)
+        said = "".join(text for b, kind, text in cells if (b, kind) == (branch, 2))
+        assert f"  {one_line(said.strip())}\n" in printed
+    assert made["attention"] is None

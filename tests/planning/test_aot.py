@@ -21,7 +21,9 @@ from pd_jax.files import known_config
 from pd_jax.loss import weighted_nll
 from pd_jax.model import forward, head
 from pd_jax.params import init_params
-from pd_jax.planning.compile import decoder_arguments, topology
+from pd_jax.planning import PlanFlags
+from pd_jax.planning.compile import compile_train_step, decoder_arguments, topology
+from pd_jax.planning.plan import workload_of
 
 pytestmark = pytest.mark.aot
 ROWS, TOKENS = 2, 4096
@@ -128,6 +130,16 @@ def test_the_chunked_loss_saves_the_logits_of_a_whole_vocabulary(platform):
     whole, chunked = memory(tokens), memory(1024)
     assert whole - chunked > 6.0 * 2**30
     assert chunked < 3 * 2**30
+
+
+@pytest.mark.slow
+def test_a_plan_names_the_machine_that_it_is_for(caplog):
+    """And not the one that it is made on."""
+    flags = PlanFlags(batch_size=1, branch_count=2, seq_length=256, mesh=(1, 1, 1))
+    with caplog.at_level("INFO", logger="pd_jax"):
+        compile_train_step(workload_of(flags), CONFIG, list(mesh("cuda").devices.flat))
+    why = "NVIDIA's kernels cannot be traced without their GPU"
+    assert [record.message for record in caplog.records] == [f"attention: chunked on NVIDIA H100 80GB HBM3 ({why})"]
 
 
 # --- decoding

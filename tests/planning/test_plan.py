@@ -144,6 +144,9 @@ def test_the_report_says_by_how_much_it_does_not_fit():
     assert "parameters 4.00 GiB, optimizer 8.00 GiB" in text
     assert "all-gather          72 a step, 400 GB sent" in text
     assert "bound by links: at best 2000.00 ms a step, 32,768 tokens/s on 16 devices" in text
+    assert "measured" not in text
+    slow = dataclasses.replace(MACHINES["v5e"], flops=50e12)
+    assert "measured this machine: at best 3940.00 ms a step" in report("4B", dataclasses.replace(plan, measured=slow))
 
 
 def test_the_planned_state_of_decoding_is_the_one_that_a_prefill_leaves():
