@@ -21,6 +21,7 @@ from pd_jax.columns import Coordinates, column_mask
 from pd_jax.config import VISIBILITIES, Align
 from pd_jax.decoding.steps import PIECE
 from pd_jax.files import config_to_hf, write_params
+from pd_jax.mesh import make_mesh
 
 PAIRED = tiny.config(tie_word_embeddings=False, sibling_bias=True)
 PLAIN = tiny.config(tie_word_embeddings=False, pair_indices=())
@@ -310,6 +311,16 @@ def test_branches_may_say_nothing():
     assert [(b.token_ids, b.finish_reason, b.text) for b in result.branches] == [((), "length", "")] * 3
     assert result.columns == 0
     assert session.join(ids(3, 2), max_new_tokens=3).finish_reason == "length"
+
+
+@pytest.mark.slow
+def test_a_session_over_eight_devices_says_the_same():
+    shape = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 8, "pair_indices": (2, 4)}
+    config = tiny.config(**shape)
+    expected = play(decoder(config).session(ids(0, 6), room=20), STORY)
+    session = decoder(config, mesh=make_mesh(1, 1, 8)).session(ids(0, 6), room=20)
+    assert play(session, STORY) == expected
+    assert {s.data.shape[0] for s in session._cache.layers[0][0].addressable_shards} == {1}  # a head each, of 8
 
 
 # --- what it costs
