@@ -89,7 +89,7 @@ def test_the_api_reference_is_made(tmp_path):
     subprocess.run([sys.executable, "-m", *argv], cwd=ROOT, check=True, capture_output=True)
     page = (out / "pd_jax" / "decoding.html").read_text(encoding="utf-8")
     assert "Answers many prompts over one background at once" in page  # the class's docstring
-    assert all((out / "pd_jax" / f"{name}.html").is_file() for name in ("layout", "columns", "sight"))
+    assert all((out / "pd_jax" / f"{name}.html").is_file() for name in ("layout", "columns", "watching/sight"))
 
 
 @pytest.mark.slow
