@@ -281,7 +281,10 @@ class ParallelDecoder:
     def _run(self, samples: Sequence[TokenSample], params: SamplingParams, every: int) -> Iterator[Step]:
         """Answer the branches of all samples, from one prefill of all their texts."""
         if any(sample.later or any(len(branch.answer) for branch in sample.branches) for sample in samples):
-            raise InputError("a branch has an answer already; decoding starts behind the prompts: leave answers out")
+            raise InputError(
+                "a branch has an answer already, or there are later turns; decoding starts behind the first prompts: "
+                "leave them out, or ask in a session"
+            )
         limits = branch_limits(samples, params.max_new_tokens)
         prompt = make_prompt(samples, limits, self.align, self.visibility)
         (s, t), n = prompt.tokens.shape, prompt.last.shape[1]

@@ -636,6 +636,8 @@ def test_bad_arguments_are_refused_before_anything_runs(options, message, monkey
         ([TokenSample((1,), [])], "sample 0: no branches"),
         ([ASKED[0], TokenSample((1,), [Branch((2,)), Branch(())])], r"sample 1: prompts \[1\] have no tokens"),
         (FINISHED, "answer already"),
+        ([dataclasses.replace(ASKED[0], later=[Branch((1,))])], "or there are later turns"),
+        ([TokenSample((1,), (), later=[[Branch(())]])], r"sample 0, turn 1: prompts \[0\] have no tokens"),
     ],
 )
 def test_bad_samples_are_refused(samples, message, monkeypatch):
