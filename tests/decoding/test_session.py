@@ -18,7 +18,7 @@ from sources import random_params
 import pd_jax.decoding.steps
 from pd_jax import Branch, ParallelDecoder, Sample, TokenSample
 from pd_jax.columns import Coordinates, column_mask
-from pd_jax.config import VISIBILITIES, Align
+from pd_jax.config import Align
 from pd_jax.decoding.steps import PIECE
 from pd_jax.files import config_to_hf, write_params
 from pd_jax.mesh import make_mesh
@@ -103,7 +103,14 @@ STORY = [
 ]
 
 
-@pytest.mark.parametrize(("visibility", "room"), [*((v, 1024) for v in VISIBILITIES), ("columns", 20)])
+@pytest.mark.parametrize(
+    ("visibility", "room"),
+    [
+        ("columns", 1024),
+        *(pytest.param(v, 1024, marks=pytest.mark.slow) for v in ("isolated", "prompts")),
+        pytest.param("columns", 20, marks=pytest.mark.slow),
+    ],
+)
 def test_the_logits_are_those_of_one_forward(visibility, room):
     with heard() as found:
         for align in ALIGNMENTS:
@@ -193,8 +200,8 @@ def test_fork_join_fork_is_transformers_with_our_positions_and_mask(theirs):
 @pytest.mark.parametrize(
     "options",
     [
-        {"do_sample": True, "seed": 3, "repetition_penalty": 3.0},
-        pytest.param({}, marks=pytest.mark.slow),
+        {},
+        pytest.param({"do_sample": True, "seed": 3, "repetition_penalty": 3.0}, marks=pytest.mark.slow),
         pytest.param({"align": "ragged"}, marks=pytest.mark.slow),
         pytest.param({"align": "ragged", "repetition_penalty": 3.0}, marks=pytest.mark.slow),
     ],
@@ -221,19 +228,21 @@ def test_text_is_what_a_sample_says():
     assert tokenizer.decode(join.token_ids) == join.text
 
 
-def test_the_trunk_sees_what_the_branches_say_and_later_branches_see_the_trunk():
-    for visibility in VISIBILITIES:
-        answers = []
-        for seed in (1, 2):
-            session = decoder(visibility=visibility).session(ids(0, 6))
-            session.fork([ids((seed, b), 4) for b in range(3)], max_new_tokens=0)
-            fork = said(session.fork([ids(9, 3)], max_new_tokens=12))
-            join = said(session.join(ids(4, 3), max_new_tokens=12))
-            answers.append((fork, join, said(session.fork([ids(9, 3)], max_new_tokens=12))))
-        (forked, joined, later), (other_forked, other_joined, other_later) = answers
-        assert (forked == other_forked) == (visibility == "isolated")
-        assert joined != other_joined
-        assert later != other_later
+@pytest.mark.parametrize(
+    "visibility", ["isolated", *(pytest.param(v, marks=pytest.mark.slow) for v in ("columns", "prompts"))]
+)
+def test_the_trunk_sees_what_the_branches_say_and_later_branches_see_the_trunk(visibility):
+    answers = []
+    for seed in (1, 2):
+        session = decoder(visibility=visibility).session(ids(0, 6))
+        session.fork([ids((seed, b), 4) for b in range(3)], max_new_tokens=0)
+        fork = said(session.fork([ids(9, 3)], max_new_tokens=12))
+        join = said(session.join(ids(4, 3), max_new_tokens=12))
+        answers.append((fork, join, said(session.fork([ids(9, 3)], max_new_tokens=12))))
+    (forked, joined, later), (other_forked, other_joined, other_later) = answers
+    assert (forked == other_forked) == (visibility == "isolated")
+    assert joined != other_joined
+    assert later != other_later
 
 
 def test_a_bias_of_minus_infinity_hides_siblings_and_nothing_from_the_trunk():
@@ -339,6 +348,7 @@ def test_what_was_said_is_read_once(monkeypatch):
     assert answers[2].prefill_tokens == 8
 
 
+@pytest.mark.slow
 def test_a_long_prompt_is_read_in_pieces():
     prompts = [ids(1, 130), ids(2, 120), ids(3, 50)]
     session = decoder().session(ids(0, 6))
