@@ -1,7 +1,7 @@
-"""Does it work on this machine, and how fast? A few minutes, nothing is downloaded; exit code 1 when anything is wrong.
+"""Does it work on this machine, and how fast? Nothing is downloaded; exit code 1 when anything is wrong.
 
-    python scripts/doctor.py                     # under 3 minutes
-    python scripts/doctor.py --quick             # under 30 seconds
+    python scripts/doctor.py
+    python scripts/doctor.py --quick             # fewer and smaller checks
     python scripts/doctor.py --output report.json
 """  # fmt: skip
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from pd_jax.cli import flag, parse, run
 from pd_jax.errors import InputError
-from pd_jax.machines import write_whole
+from pd_jax.machines import cpu_name, write_whole
 
 ROOT = Path(__file__).parents[1]
 TRAIN, EVAL = "training", "evaluation"
@@ -329,14 +329,6 @@ def draw(curve: dict[int, dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def processor() -> str:
-    """What Linux calls the CPU."""
-    path = Path("/proc/cpuinfo")
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    names = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def write_page(flags: Flags, out: Path, stages: Sequence[Sequence[Job]]) -> None:
     """Aggregates only: no question, no answer."""
     sizes = [f for f in fields(flags) if f.name not in ("gguf", "train", "eval", "output_dir", "page", "processes")]
@@ -366,7 +358,7 @@ def write_page(flags: Flags, out: Path, stages: Sequence[Sequence[Job]]) -> None
         "## How the models were trained",
         table(["model", "steps", "loss, last rows", "tokens/s", "sibling_bias"], trained_lines(out, names)),
         f"```bash\n{commands}\n```",
-        f"{processor()}, float32, one core a command. {versions}.",
+        f"{cpu_name() or platform.processor()}, float32, one core a command. {versions}.",
     ]
     write_whole(Path(flags.page), "\n\n".join(parts) + "\n")
 

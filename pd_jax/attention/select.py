@@ -89,12 +89,15 @@ def check_backend(backend: str, call: Call) -> None:
         raise InputError(f"attention backend {backend!r} cannot run here: {reason}; use 'auto' or 'chunked'")
 
 
-def _choose(backend: str, call: Call, order: tuple[str, ...]) -> str:
-    """The backend that serves `call`: of `order` the first, for `auto`. Raises `InputError` when none of them can."""
+def _choose(backend: str, call: Call, order: tuple[str, ...], wrong: dict[str, str]) -> str:
+    """The backend that serves `call`: for `auto` the first of `order` that is not `wrong`.
+
+    Raises `InputError` when none can.
+    """
     check_backend(backend, call)
     if backend != "auto":
         return backend
-    wrong, reasons = wrong_backends(call.device_kind), []
+    reasons = []
     for name in order:
         reason = refusal(name, call) or wrong.get(name)
         if reason is None:
@@ -137,7 +140,8 @@ def make_attention(
     tokens = coordinates.column.shape[-1]
     tile = TILE if platform != "cpu" else CPU_TILE if tokens < 1024 else CPU_LONG_TILE
     anywhere = ("dense", "chunked") if tokens <= tile else ("chunked", "dense")
-    order = (*candidates(platform), *anywhere[: 1 + (anywhere[0] in wrong_backends(device_kind))])
+    wrong = wrong_backends(device_kind) if backend == "auto" else {}
+    order = (*candidates(platform), *anywhere[: 1 + (anywhere[0] in wrong)])
     # The masks of all backends that a call may take are made here, outside the scan over the layers; under jit those
     # not taken are dropped.
     names = order if backend == "auto" else (backend,)
@@ -154,7 +158,7 @@ def make_attention(
 
     def attend(q: Array, k: Array, v: Array, sibling_bias: Array | None = None) -> Array:
         call = Call(platform, device_kind, visibility, tokens, q.shape[-1], q.dtype, sibling_bias is not None)
-        chosen = _choose(backend, call, order)
+        chosen = _choose(backend, call, order, wrong)
         if chosen == "dense":
             bias = None if sibling_bias is None else sibling_scores(siblings, sibling_bias)
             return dense_attention(q, k, v, masks["dense"], bias)

@@ -24,7 +24,7 @@ from pd_jax.cli import flag
 from pd_jax.config import ROW_VISIBILITIES, VISIBILITIES, RowVisibility, Visibility
 from pd_jax.errors import InputError
 from pd_jax.layout import TokenSample, build_layout, unanswered
-from pd_jax.machines import naming, write_whole
+from pd_jax.machines import cpu_name, naming, write_whole
 from pd_jax.tasks import END, TASKS, VOCABULARY, Task
 
 TaskName = Literal[
@@ -331,21 +331,13 @@ def ablate(flags: AblateFlags) -> None:
     about = {
         "command": " ".join(["python scripts/ablate.py", *asked]),
         "seeds": list(seeds),
-        "machine": f"{processes} processes, one core each, of {platform.machine()} {_cpu_name()}".strip(),
+        "machine": f"{processes} processes, one core each, of {platform.machine()} {cpu_name()}".strip(),
         "runs": len(runs),
         "core_minutes": round(sum(run["seconds"] for run in runs) / 60, 1),
     }
     write_whole(output / "results.json", json.dumps({**about, "results": runs}, indent=1) + "\n")
     write_findings(output, about, runs)
     print(f"{output / 'findings.md'} and results.json are written", flush=True)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _run_cells(

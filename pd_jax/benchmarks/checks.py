@@ -150,8 +150,6 @@ def decoding_errors(
     case: str, align: Align, dtype: Dtype, tokens: int, head_dim: int, columns: int = 6
 ) -> dict[str, float]:
     """Of the logits, column by column, against one forward over the finished row, relative to their deviation."""
-    import dataclasses
-
     import jax
     import numpy as np
 
@@ -184,7 +182,7 @@ def decoding_errors(
                 if column < len(branch.answer):
                     fed[0, b], live[0, b] = branch.answer[column], True
             if live.any():
-                state = dataclasses.replace(state, token=fed, live=live, count=np.int32(column + 1))
+                state = replace(state, token=fed, live=live, count=np.int32(column + 1))
                 state, logits = step(decoder.weights, program, state)
     return {"logits": max(errors)}
 

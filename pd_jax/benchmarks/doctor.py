@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from pd_jax.benchmarks.attention import AttentionFlags, side_by_side
 from pd_jax.benchmarks.checks import CASES, attention_errors, decoding_errors, reference_device, step_errors, wrong
@@ -28,7 +28,7 @@ from pd_jax.machines import data_sheet, least_seconds, matrix_flops, memory_band
 Verdict = Literal["ok", "slow", "WRONG"]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "torch", "tokamax", "libtpu")
 PACKAGES += ("jax-cuda13-plugin", "jax-cuda12-plugin")
-BACKENDS: tuple[Backend, ...] = ("dense", "chunked", "splash", "tokamax", "cudnn")
+BACKENDS: tuple[Backend, ...] = get_args(Backend)[1:]  # without "auto"
 # Below these shares it is called slow: of a data sheet's figure; of plain causal attention; of the byte roofline.
 SHEET_SHARE, CAUSAL_SHARE = 0.6, 0.5
 ROOFLINE_SHARE = {"cpu": 0.15}  # a CPU's columns are bound by its arithmetic too

@@ -65,7 +65,7 @@ def time_training(flags: TrainFlags) -> None:
     builders: dict[str, Callable[[], tuple[Contender, Callable[[], float | None]]]] = {}
     torch: Any = import_torch(flags.threads) if flags.transformers else None
     if torch is not None:  # first: torch gives its memory back, jax keeps it
-        builders[THEIRS] = partial(_theirs, torch, flags, config, params, batch, dtype, device)
+        builders[THEIRS] = partial(_theirs, torch, flags, config, params, lora, batch, dtype, device)
     for backend in flags.attention:
         for share in flags.targets:
             name = backend if share == 1 else f"{backend}, {100 * share:.0f} % of targets"
@@ -139,7 +139,14 @@ def _ours(
 
 
 def _theirs(
-    torch: Any, flags: TrainFlags, config: Any, params: Any, batch: dict, dtype: str, device: Any
+    torch: Any,
+    flags: TrainFlags,
+    config: Any,
+    params: Any,
+    lora: LoraConfig | None,
+    batch: dict,
+    dtype: str,
+    device: Any,
 ) -> tuple[Contender, Callable[[], float | None]]:
     """The same step in transformers and torch, and the most memory that torch held on its device."""
     import numpy as np
@@ -147,12 +154,12 @@ def _theirs(
     from pd_jax.columns import Coordinates, column_mask
 
     place = "cpu" if device.platform == "cpu" else "cuda"
-    model = in_transformers(config, params, dtype if flags.use_lora else "float32", place)
-    if flags.use_lora:
+    model = in_transformers(config, params, dtype if lora else "float32", place)
+    if lora is not None:
         import peft
 
-        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=names))
+        names = list(lora.target_modules)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=lora.r, lora_alpha=int(lora.alpha), target_modules=names))
     if flags.remat == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()

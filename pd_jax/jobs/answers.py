@@ -55,8 +55,7 @@ def open_answers(output: Path, about: dict[str, Any]) -> Generator[tuple[IO[byte
         except BlockingIOError:
             raise InputError(f"{partial} is being written by another process; wait for it") from None
         try:
-            with naming(partial):
-                yield file, _go_on(file, partial, about)
+            yield file, _go_on(file, partial, about)
         except BaseException:
             with suppress(OSError):
                 file.flush()

@@ -1,6 +1,7 @@
-"""What accelerators can do, from their vendors' data sheets: the one place for such figures."""
+"""What accelerators can do, from their vendors' data sheets: the one place for such figures; and the CPU's name."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 GIB = 2**30
 
@@ -34,3 +35,12 @@ def data_sheet(device_kind: str) -> Machine | None:
     """The machine that a jax `device_kind` names; the longest matching name counts. None for what is not known."""
     known = [machine for machine in MACHINES.values() if machine.kind in device_kind]
     return max(known, key=lambda machine: len(machine.kind), default=None)
+
+
+def cpu_name() -> str:
+    """What Linux calls the CPU; "" where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

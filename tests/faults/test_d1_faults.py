@@ -86,10 +86,14 @@ def mounted(inputs):
 @pytest.mark.parametrize("fault", ["read-only", "no room", "room runs out"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_disks(mounted, name, fault):
-    found = mounted[f"{name}, {fault}"]
-    assert_one_line(found["code"], found["said"])
-    kept = {"answer": "answers.jsonl.partial", "evaluate": "evaluation/predictions-isolated.jsonl"}.get(name, "run/")
-    assert [path for path in found["left"] if not path.startswith((kept, "full"))] == []
+    found, said = mounted[f"{name}, {fault}"], mounted[f"{name}, {fault}"]["said"]
+    if name in ("pretrain", "hf_to_flax") and fault == "room runs out":
+        # Threads of orbax may print what stopped them before our line, or not: it is a race of theirs.
+        said = said[said.index("error: ") :]
+    assert_one_line(found["code"], said)
+    whole = ("evaluation/predictions-isolated.jsonl", "evaluation/results.json")  # each, though the report is not there
+    kept = {"answer": ("answers.jsonl.partial",), "evaluate": whole}.get(name, ("run/",))
+    assert [path for path in found["left"] if not path.startswith((*kept, "full"))] == []
     if fault != "room runs out":
         assert [path for path in found["left"] if path != "full"] == []
     assert found["again"] == 0, found["made"]
