@@ -23,7 +23,7 @@ from pd_jax.benchmarks.findings import write_findings
 from pd_jax.cli import flag
 from pd_jax.config import ROW_VISIBILITIES, VISIBILITIES, RowVisibility, Visibility
 from pd_jax.errors import InputError
-from pd_jax.layout import TokenSample, build_layout, unanswered
+from pd_jax.layout import Branch, TokenSample, build_layout, unanswered
 from pd_jax.machines import cpu_name, naming, write_whole
 from pd_jax.tasks import END, TASKS, VOCABULARY, Task
 
@@ -151,17 +151,31 @@ def accuracy(task: Task, decoder: Any, samples: Sequence[TokenSample], seed: int
         task.free(b, t) for s in samples[:1] for b, br in enumerate(s.branches, 1) for t in range(len(br.answer))
     )
     longest = max(len(branch.answer) for sample in samples for branch in sample.branches) + 1  # and its end
-    results = decoder.generate(
-        [unanswered(sample) for sample in samples],
-        max_new_tokens=longest,
-        do_sample=free,
-        min_p=0.5,
-        seed=[seed * len(samples) + i for i in range(len(samples))],
-    )
-    scores = np.concatenate(
-        [task.score(s, [b.token_ids for b in r.branches]) for s, r in zip(samples, results, strict=True)]
-    ).astype(float)
+    if samples[0].later:
+        answers = [decoded_turns(decoder, sample, longest) for sample in samples]
+    else:
+        results = decoder.generate(
+            [unanswered(sample) for sample in samples],
+            max_new_tokens=longest,
+            do_sample=free,
+            min_p=0.5,
+            seed=[seed * len(samples) + i for i in range(len(samples))],
+        )
+        answers = [[b.token_ids for b in result.branches] for result in results]
+    scores = np.concatenate([task.score(*pair) for pair in zip(samples, answers, strict=True)]).astype(float)
     return float(scores.mean()), float(np.sqrt(scores.mean() * (1 - scores.mean()) / len(scores)))
+
+
+def decoded_turns(decoder: Any, sample: TokenSample, max_new_tokens: int) -> list[Sequence[int]]:
+    """The answers to all turns of a sample, asked in one session, greedily."""
+    session, answers = decoder.session(sample.background), []
+    for turn in sample.turns:
+        if isinstance(turn, Branch):
+            answers.append(session.join(turn.prompt, max_new_tokens=max_new_tokens).token_ids)
+        elif turn:
+            fork = session.fork([branch.prompt for branch in turn], max_new_tokens=max_new_tokens)
+            answers += [branch.token_ids for branch in fork.branches]
+    return answers
 
 
 def run_cell(cell: Cell, seeds: Sequence[int], recipe: Recipe, own: Task | None = None) -> list[Run]:

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from pd_jax.benchmarks.ablation import Cell, Recipe, run_cell
 from pd_jax.benchmarks.models import in_transformers, shape_of, tokens_only
 from pd_jax.benchmarks.timing import Contender, Timing, fastest, import_torch
 from pd_jax.cli import flag
+from pd_jax.layout import Branch, TokenSample, members
+from pd_jax.tasks import total
 
 SESSION, CALLS, KEPT = "session", "a call a fork", "transformers, kept cache"
 
@@ -25,6 +28,7 @@ class SessionsFlags:
     passage_length: int = flag(512, "tokens of a passage", minimum=1)
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "auto: float32 on a CPU, bfloat16 elsewhere")
     transformers: bool = flag(True, "compare with transformers where torch is installed")
+    learn: bool = flag(True, "train small models that count in branches and say the total in a join, minutes")
     threads: int = flag(2, "on a CPU: 1 counts the process's own time, more the clock's", minimum=1)
     repeat: int = flag(3, "calls of which the fastest counts", minimum=1)
 
@@ -58,7 +62,6 @@ def time_sessions(flags: SessionsFlags) -> None:
     import numpy as np
 
     from pd_jax.decoding import ParallelDecoder, cache_bytes
-    from pd_jax.layout import Branch, TokenSample
     from pd_jax.params import init_params
 
     on_cpu = jax.devices()[0].platform == "cpu"
@@ -122,9 +125,31 @@ def time_sessions(flags: SessionsFlags) -> None:
             bytes_of(count * flags.passage_length + flags.prompt + new),
         )
 
+    if flags.learn:
+        _show_learned()
+
+
+def _show_learned() -> None:
+    """Isolated branches count, and whoever says the total is the trunk, or a branch that does not see them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title="total: 4 branches count, isolated, and the total is said by")
+    for name in ("", "columns decoded", "right, %", "best, %", "at step"):
+        shown.add_column(name, justify="right" if name else "left")
+    for who, task in (("a join", total.TASK), ("a branch", total.HIDDEN)):
+        (run,) = run_cell(Cell("total", "pairs1", "isolated"), [0], Recipe(), task)
+        (sample,) = task.samples(0, 1)
+        columns = sum(max(len(text.answer) for text in members(turn)) for turn in sample.turns)
+        right, best = run["accuracy"]["isolated"], run["optimum"]["isolated"] or 0.0
+        shown.add_row(who, str(columns), f"{100 * right:.1f}", f"{100 * best:.1f}", str(run["steps"]))
+    (sample,) = total.TASK.samples(0, 1)
+    alone = sum(len(text.answer) for turn in sample.turns for text in members(turn))
+    shown.add_row("one branch that counts all by itself", str(alone), "", "", "")
+    Console(width=110).print(shown)
+
 
 def _readers(decoder: Any, passages: list[list[int]], question: list[int], new: int) -> dict[Any, Contender]:
-    from pd_jax.layout import Branch, TokenSample
 
     size = len(passages) * len(passages[0]) + 2 * (len(question) + new)
 

@@ -8,7 +8,7 @@ import pytest
 from pd_jax.benchmarks import AblateFlags, ablate
 from pd_jax.benchmarks.ablation import RECIPES, SCHEMES, Cell, Recipe, decoded_as, grid, optimum, run_cell
 from pd_jax.benchmarks.findings import write_findings
-from pd_jax.tasks import TASKS, odd
+from pd_jax.tasks import TASKS, odd, total
 
 FLAGS = AblateFlags(tasks=("vote",), schemes=("both",), seeds=(0,))
 
@@ -77,6 +77,17 @@ def test_a_run_that_learns_to_look(monkeypatch):
     assert made["solved"]
     assert made["accuracy"]["columns"] > 0.99 > 0.75 > TASKS["vote"].optimum(5)["isolated"]
     assert sum(layer[2] for layer in made["attention"]) > 0.2  # of siblings
+
+
+@pytest.mark.slow
+def test_a_join_says_what_isolated_branches_found(monkeypatch):
+    monkeypatch.setattr("pd_jax.benchmarks.ablation.ROWS", 256)
+    scores = {}
+    for task in (total.TASK, total.HIDDEN):
+        (made,) = run_cell(Cell("total", "pairs1", "isolated"), [0], Recipe(), task)
+        scores[task.name] = made["accuracy"]["isolated"]
+    assert scores["total"] >= 0.98
+    assert scores["total, hidden"] < 0.3
 
 
 def test_the_serial_job_is_the_same_job():

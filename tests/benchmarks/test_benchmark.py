@@ -133,7 +133,7 @@ def test_columns():
 @pytest.mark.slow
 def test_sessions():
     sizes = ["--background", "90", "--forks", "2", "--questions", "3", "--new-tokens", "4", "--repeat", "1"]
-    text = report("sessions", *sizes, "--passages", "2", "--passage-length", "40")
+    text = report("sessions", *sizes, "--passages", "2", "--passage-length", "40", "--no-learn")
     for name in ("session", "a call a fork", "transformers, kept cache"):
         assert f"{name}: 100.0% of the first fork's tokens are those of 'a call a fork'" in text
     assert "2 forks of 3 questions over 90 tokens" in text

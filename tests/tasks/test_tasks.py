@@ -24,6 +24,7 @@ from pd_jax.tasks import (
     number,
     odd,
     relay,
+    total,
     vote,
 )
 
@@ -314,3 +315,18 @@ def test_news_has_two_columns_to_arrive(name):
         assert all(own[-1] - other[HANGS_ON_ALL[name]] >= 2 for own, other in itertools.permutations(columns, 2))
     else:
         assert all(own[-1] - before[-1] == 2 for before, own in itertools.pairwise(columns))
+
+
+def test_the_total_hangs_on_letters_that_a_hidden_branch_does_not_see():
+    """Of one part: all 81 texts, of which a branch that sees none of it can only say the likeliest count."""
+    counts: Counter[int] = Counter()
+    for letters in itertools.product(range(total.ALPHABET), repeat=total.LETTERS):
+        sample = total.sample_of([letters])
+        (join,) = sample.later
+        counts[join.answer[0]] += 1
+        assert sample.branches[0].answer[-1] == join.answer[0]  # what the trunk sees says it
+        assert total.score(sample, [sample.branches[0].answer, join.answer]).all()
+        assert not total.score(sample, [sample.branches[0].answer, [join.answer[0] + 1]]).any()
+    assert total.HIDDEN.optimum(1)["isolated"] == pytest.approx(max(counts.values()) / 81)
+    joined, hidden = total.TASK.samples(3, 1)[0], total.HIDDEN.samples(3, 1)[0]
+    assert [*joined.branches, *joined.later] == hidden.branches
