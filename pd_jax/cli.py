@@ -129,7 +129,7 @@ def parse(flags: type[T], argv: Sequence[str] | None = None, description: str | 
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": kind, "choices": choices}
-            options |= {"nargs": "*"} if many else {}
+            options |= {"nargs": "*", "action": "extend"} if many else {}
             if choices is None:
                 options["metavar"] = {int: "N", float: "X"}.get(kind, name.strip("_").split("_")[-1].upper())
         groups[title].add_argument(_option(name), dest=name, **options)

@@ -3,16 +3,22 @@
     python scripts/demo.py
     python scripts/demo.py --model-name ./parallel-decoder-squad
     python scripts/demo.py --model-name ./adapter --base-model Qwen/Qwen3-4B --background "..." --questions "..." "..."
+    python scripts/demo.py --background "..." --questions "..." "..." --follow-up "..." --follow-up "= In short:"
+    python scripts/demo.py --interactive
 
-Without a model it takes the small one of this repository (scripts/quickstart-columns), which knows a made-up world.
+Without a model it takes the small one of this repository (scripts/quickstart-columns), which knows a made-up world. A
+follow-up is asked behind the answers, and nothing is read again; one that begins with = is no question: the text itself
+goes on with what stands behind the =, and has seen all answers. --interactive reads follow-ups from the keyboard.
 """  # fmt: skip
 
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,7 +27,8 @@ from pd_jax.config import Align, Visibility
 from pd_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from pd_jax import ParallelDecoder, Sample, SamplingParams
+    from pd_jax import Event, ParallelDecoder, Sample, SamplingParams
+    from pd_jax.jobs import Lanes
 
 SMALL = Path(__file__).parent / "quickstart-columns"
 ABOUT_SMALL = (
@@ -71,6 +78,8 @@ class Flags:
     local_files_only: bool = flag(False, "never ask the hub", group="model")
     background: str | None = flag(None, "the text; without it three examples are answered", group="input")
     questions: tuple[str, ...] = flag((), "questions about it, one argument each", group="input")
+    follow_up: tuple[str, ...] = flag((), "asked behind the answers, one by one; = begins a join", group="input")
+    interactive: bool = flag(False, "go on with lines from the keyboard, until an empty one", group="input")
     max_new_tokens: int = flag(32, "tokens of an answer at most", group="decoding", minimum=1)
     do_sample: bool = flag(False, "draw tokens at random instead of the likeliest", group="decoding")
     temperature: float = flag(1.0, "divides the logits when sampling", group="decoding")
@@ -114,37 +123,76 @@ def say(text: str) -> None:
     print(flush=True)
 
 
-def show(decoder: "ParallelDecoder", sample: "Sample", questions: list[str], params: "SamplingParams") -> None:
-    """The answers, one line a branch; on a terminal they grow there, column by column."""
+def typed() -> Iterator[str]:
+    """Lines until an empty one, or the end."""
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        yield line
+
+
+def turns(
+    decoder: "ParallelDecoder", sample: "Sample", questions: list[str], later: Iterator[str], params: "SamplingParams"
+) -> Iterator[tuple[list[str], Callable[[], Iterator["Event"]]]]:
+    """What is asked, turn by turn, and what asks it."""
+    from pd_jax.data.squad import Question, prompt_text
+
+    session = decoder.session(sample.background)
+    yield questions, partial(session.stream_fork, sample.branches, params=params)
+    for line in later:
+        if line.lstrip().startswith("="):
+            text = line.lstrip()[1:].strip()
+            yield [text], partial(session.stream_join, text, params=params)
+        else:
+            yield [line], partial(session.stream_fork, [prompt_text(Question("", line, ()))], params=params)
+
+
+def show(questions: list[str], events: Iterator["Event"]) -> "Lanes":
+    """The answers; on a terminal they grow there column by column, elsewhere they are said by `plain`."""
     from rich.console import Console
     from rich.live import Live
 
-    from pd_jax.jobs import Lanes, one_line
+    from pd_jax.jobs import Lanes
 
     console, lanes = Console(highlight=False), Lanes(questions)
-    if not console.is_terminal:
-        [result] = decoder.generate([sample], params=params)
-        for b, (question, branch) in enumerate(zip(questions, result.branches, strict=True), 1):
-            print(f"{b}  {one_line(question)}  {one_line(branch.text.strip())}", flush=True)
-        return
-    events = decoder.stream(sample, params=params)
     lanes.take(next(events))  # what is logged on the way to the first column would tear the picture
+    if not console.is_terminal:
+        for event in events:
+            lanes.take(event)
+        return lanes
     with Live(lanes, console=console, auto_refresh=False) as live:
+        live.refresh()
         for event in events:
             lanes.take(event)
             if lanes.over:  # whole answers may be longer than the screen
                 live.vertical_overflow = "visible"
             live.refresh()
+    return lanes
 
 
-def as_json(decoder: "ParallelDecoder", sample: "Sample", questions: list[str], params: "SamplingParams") -> str:
-    [result] = decoder.generate([sample], params=params)
-    answers = [
-        {"question": question, "answer": branch.text, "finish_reason": branch.finish_reason}
-        for question, branch in zip(questions, result.branches, strict=True)
-    ]
-    content = {"background": sample.background, "answers": answers, "columns": result.columns}
-    return json.dumps(content, ensure_ascii=False)
+def plain(lanes: "Lanes") -> str:
+    """One line a branch."""
+    from pd_jax.jobs import one_line
+
+    pairs = zip(lanes.questions, lanes.answers, strict=True)
+    return "\n".join(f"{b}  {question}  {one_line(answer.strip())}" for b, (question, answer) in enumerate(pairs, 1))
+
+
+def as_json(background: str, said: Sequence[tuple[list[str], "Lanes"]]) -> str:
+    def content(questions: list[str], lanes: "Lanes") -> dict:
+        answers = [
+            {"question": question, "answer": answer, "finish_reason": reason}
+            for question, answer, reason in zip(questions, lanes.answers, lanes.reasons, strict=True)
+        ]
+        return {"answers": answers, "columns": lanes.columns}
+
+    (first, *later) = said
+    more = {"later": [content(*turn) for turn in later]} if later else {}
+    return json.dumps({"background": background, **content(*first), **more}, ensure_ascii=False)
 
 
 def main() -> None:
@@ -163,6 +211,14 @@ def main() -> None:
         raise InputError(f"--temperature {flags.temperature} is for --do-sample; pass both, or leave it out")
     if flags.json and flags.show_linear:
         raise InputError("--json and --show-linear contradict each other; leave one out")
+    if flags.json and flags.interactive:
+        raise InputError("--json and --interactive contradict each other; leave one out")
+    if flags.html is not None and (flags.follow_up or flags.interactive):
+        raise InputError("--html shows the first answers only; leave out --follow-up and --interactive, or --html")
+    if flags.follow_up and flags.background is None:
+        raise InputError("--follow-up goes on with --background and --questions; pass them too")
+    if empty := [text for text in flags.follow_up if not text.strip(" =")]:
+        raise InputError(f"--follow-up has an empty one, {empty[0]!r}; leave it out")
     if flags.attention and flags.html is None:
         raise InputError("--attention is for --html; pass both, or leave it out")
     asked = contexts(flags)
@@ -185,22 +241,34 @@ def main() -> None:
     )
     if flags.model_name is None and not flags.json:
         say(ABOUT_SMALL)
-    shown = []
-    for text, questions in asked:
-        sample = to_sample(Context("", text, tuple(Question("", q, ()) for q in questions)))
-        shown.append(sample)
-        if flags.json:
-            print(as_json(decoder, sample, questions, params), flush=True)
-            continue
-        say(text.strip())
+    samples = [to_sample(Context("", text, tuple(Question("", q, ()) for q in questions))) for text, questions in asked]
+    for (text, questions), sample in zip(asked, samples, strict=True):
+        if not flags.json:
+            say(text.strip())
         if flags.show_linear:
             print("\n".join(linear(decoder, sample)), end="\n\n")
-        show(decoder, sample, questions, params)
-        print()
+        if flags.follow_up or (flags.interactive and sample is samples[-1]):
+            later = chain(flags.follow_up, typed() if flags.interactive else ())
+            parts = turns(decoder, sample, questions, later, params)
+        else:
+            parts = iter([(questions, partial(decoder.stream, sample, params=params))])
+        said = []
+        for asked_now, ask in parts:
+            try:
+                said.append((asked_now, show(asked_now, ask())))
+            except InputError as error:
+                if not (flags.interactive and said):
+                    raise
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            if not flags.json:
+                print("" if sys.stdout.isatty() else plain(said[-1][1]) + "\n", flush=True)
+        if flags.json:
+            print(as_json(sample.background, said), flush=True)
     if flags.html is not None:
         from pd_jax.replay import record, write_page
 
-        again = [(sample, *decoder.generate([sample], params=params)) for sample in shown]  # the tokens of `stream`
+        again = [(sample, *decoder.generate([sample], params=params)) for sample in samples]  # the tokens of `stream`
         write_page([record(decoder, *each, attention=flags.attention) for each in again], Path(flags.html))
         print(f"written: {flags.html}", file=sys.stderr)
 

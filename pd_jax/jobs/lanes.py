@@ -41,6 +41,10 @@ class Lanes:
     def over(self) -> bool:
         return all(self.reasons)
 
+    @property
+    def columns(self) -> int:
+        return len(self._columns)
+
     def take(self, event: Event) -> None:
         self._columns.append([one_line(text) for text in event.texts])
         self.answers = [answer + text for answer, text in zip(self.answers, event.texts, strict=True)]
@@ -50,7 +54,7 @@ class Lanes:
             self._timed = [*self._timed[:1], (self._clock(), self._tokens)]
 
     def footer(self) -> str:
-        parts = [f"column {len(self._columns)}", f"{self._tokens} tokens"]
+        parts = [f"column {self.columns}", f"{self._tokens} tokens"]
         if len(self._timed) == 2 and self._timed[1][1] > self._timed[0][1]:
             (began, before), (now, after) = self._timed
             parts.append(f"{(after - before) / max(now - began, 1e-9):.0f} tokens/s")

@@ -109,3 +109,34 @@ def test_json_is_one_object_a_text(monkeypatch, capsys):
     assert [a["question"] for a in content["answers"]] == ["What does Rosa Toll play?", "Who?\nNobody?"]
     assert content["answers"][0]["answer"].strip() == "harp"
     assert {a["finish_reason"] for a in content["answers"]} <= {"eos", "length"}
+
+
+HOLT = "Dario Holt was born in early June. Clara Ibsen plays the organ. Clara Ibsen lives in Port Marden."
+ASKED = ["--background", HOLT, "--questions", "What does Clara Ibsen play?", "When was Dario Holt born?"]
+
+
+def test_follow_ups_are_asked_behind_the_answers(monkeypatch, capsys):
+    more = ["--follow-up", "Where does Clara Ibsen live?", "--follow-up", "= Clara Ibsen"]
+    out = demo(monkeypatch, capsys, *ASKED, *more)
+    lines = [line.split("  ") for line in out.splitlines() if line[:3] in ("1  ", "2  ")]
+    assert [line[0] for line in lines] == ["1", "2", "1", "1"]
+    assert [line[2] for line in lines[:3]] == ["organ", "early June", "Port Marden"]
+    assert lines[3][1] == "Clara Ibsen"
+    content = json.loads(demo(monkeypatch, capsys, "--json", *ASKED, *more))
+    assert [a["answer"].strip() for a in content["answers"]] == ["organ", "early June"]
+    assert [turn["answers"][0]["question"] for turn in content["later"]] == [
+        "Where does Clara Ibsen live?",
+        more[3][2:],
+    ]
+
+
+def test_interactive_goes_on_with_typed_lines(monkeypatch, capsys):
+    lines = iter(["Where does Clara Ibsen live?", "=", "When was Dario Holt born?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    out = demo(monkeypatch, capsys, *ASKED, "--interactive")
+    assert [line.rsplit("  ")[-1] for line in out.splitlines() if line.startswith("1  ")] == [
+        "organ",
+        "Port Marden",
+        "early June",
+    ]
+    assert next(lines, None) is None
