@@ -154,7 +154,7 @@ def decoding_errors(
     import numpy as np
 
     from pd_jax.benchmarks.models import tokens_only
-    from pd_jax.decoding import BLOCK, Method, ParallelDecoder, Program, feed, make_prompt, start
+    from pd_jax.decoding import BLOCK, Method, ParallelDecoder, Program, SamplingParams, feed, make_prompt, start
 
     visibility, biased = CASES[case]
     config, params = small_model(head_dim, biased)
@@ -170,7 +170,8 @@ def decoding_errors(
         layout = decoder.layout([sample])
         full = decoder.logits(layout)[0]
         prompt = make_prompt([unanswered(sample)], limits, align, visibility)
-        state, logits = begin(decoder.weights, program, prompt, np.zeros(1, np.uint32), BLOCK)
+        controls = SamplingParams().controls((), np.ones(config.vocab_size, bool), 1, 1)
+        state, logits = begin(decoder.weights, program, controls, prompt, BLOCK)
         for column in range(columns + 1):
             fed, live = np.zeros(prompt.last.shape, np.int32), np.zeros(prompt.last.shape, bool)
             for b, branch in enumerate(sample.branches):
