@@ -1,4 +1,4 @@
-"""Matrix products in the order that XLA:CPU multiplies fastest; on every other platform they are plain products.
+"""What XLA:CPU does fastest in an order of its own; every other platform takes the plain products.
 
 Nothing here changes a result. What was measured stands at each function; delete the file when XLA:CPU needs it no more.
 """
@@ -67,22 +67,51 @@ def times(x: Array, matrix: Array, dtype: Any = None) -> Array:
     return y.T.reshape(*x.shape[:2], -1)
 
 
-def cache_stands_left(rows: int) -> bool:
-    """Whether `attend_from_the_left` is faster for so many rows a kv head; few make its inner loops short."""
-    return on_cpu() and 8 <= rows <= 64
+PIECE = 256  # slots of a cache
 
 
-def attend_from_the_left(q: Array, k: Array, v: Array, mask: Array, bias: Array | None) -> Array:
-    """The attention of a column with the cache on the left of the scores' product.
+def pieces_are_faster(rows: int) -> bool:
+    """Whether `attend_in_pieces` is, for so many rows a kv head: to cut a piece costs what a few rows spare."""
+    return on_cpu() and rows >= 64
 
-    q [K, S, n, G, H], k and v [K*S, C, H], mask [S, n, C], bias [K, S, n, G, C] -> [K, S, n, G, H].
+
+def attend_in_pieces(
+    q: Array, k: Array, v: Array, mask: Array, siblings: Array, sibling_bias: Array | None, filled: Array
+) -> Array:
+    """Attention over the first `filled` slots of a cache, one piece of them after the other, by the online softmax
+    (https://arxiv.org/abs/2205.14135). A piece that no query sees is left out: what is empty, and in isolated rows what
+    the siblings hold. Slot for slot it is as fast as all of them at once.
+
+    q [K, S, n, G, H], k and v [K*S, C, H], mask and siblings [S, n, C], sibling_bias [N] or None, filled: int32 scalar
+    -> [K, S, n, G, H].
     """
-    heads, s, n, groups, h = q.shape
-    rows = q.reshape(heads * s, n * groups, h)
-    scores = jnp.einsum("bch,brh->bcr", k, rows, preferred_element_type=jnp.float32)
-    scores = jax.lax.optimization_barrier(scores).reshape(heads, s, -1, n, groups) / math.sqrt(h)
-    if bias is not None:
-        scores += jnp.moveaxis(bias, 4, 2)
-    scores = jnp.where(mask.swapaxes(1, 2)[None, ..., None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=2).astype(v.dtype)
-    return jnp.einsum("bcr,bch->brh", weights.reshape(heads * s, -1, n * groups), v).reshape(q.shape)
+    (heads, s, n, groups, h), slots = q.shape, k.shape[1]
+    rows, size, lowest = q.reshape(heads * s, n * groups, h), min(PIECE, slots), jnp.finfo(jnp.float32).min
+
+    def piece(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        first = jnp.minimum(i * size, slots - size)  # the last piece begins inside the one before
+
+        def cut(array: Array, axis: int) -> Array:
+            return jax.lax.dynamic_slice_in_dim(array, first, size, axis)
+
+        shown = cut(mask, 2) & (first + jnp.arange(size) >= i * size)
+
+        def look(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            top, total, out = carry
+            scores = jnp.einsum("brh,bch->brc", rows, cut(k, 1), preferred_element_type=jnp.float32) / math.sqrt(h)
+            scores = scores.reshape(heads, s, n, groups, size)
+            if sibling_bias is not None:
+                scores += jnp.where(cut(siblings, 2)[None, :, :, None], sibling_bias.reshape(heads, 1, 1, groups, 1), 0)
+            # A row that has seen nothing yet adds weights of 1, which its first real score takes away: `fade` is 0.
+            scores = jnp.where(shown[None, :, :, None], scores, lowest).reshape(heads * s, -1, size)
+            new = jnp.maximum(top, jnp.max(scores, axis=-1))
+            weights, fade = jnp.exp(scores - new[..., None]), jnp.exp(top - new)
+            part = jnp.einsum("brc,bch->brh", weights.astype(v.dtype), cut(v, 1), preferred_element_type=jnp.float32)
+            return new, total * fade + jnp.sum(weights, axis=-1), out * fade[..., None] + part
+
+        return jax.lax.cond(jnp.any(shown), look, lambda carry: carry, carry)
+
+    out = jnp.zeros(rows.shape, jnp.float32)
+    pieces = (filled + size - 1) // size
+    _, total, out = jax.lax.fori_loop(0, pieces, piece, (out[..., 0] + lowest, out[..., 0], out))
+    return (out / total[..., None]).astype(v.dtype).reshape(q.shape)

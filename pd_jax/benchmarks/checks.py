@@ -151,6 +151,7 @@ def decoding_errors(
 ) -> dict[str, float]:
     """Of the logits, column by column, against one forward over the finished row, relative to their deviation."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from pd_jax.benchmarks.models import tokens_only
@@ -170,7 +171,7 @@ def decoding_errors(
         layout = decoder.layout([sample])
         full = decoder.logits(layout)[0]
         prompt = make_prompt([unanswered(sample)], limits, align, visibility)
-        controls = SamplingParams().controls((), np.ones(config.vocab_size, bool), 1, 1)
+        controls = SamplingParams().controls((), jnp.ones(config.vocab_size, bool), 1, 1)
         state, logits = begin(decoder.weights, program, controls, prompt, BLOCK)
         for column in range(columns + 1):
             fed, live = np.zeros(prompt.last.shape, np.int32), np.zeros(prompt.last.shape, bool)

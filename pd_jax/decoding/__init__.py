@@ -19,17 +19,6 @@ from pd_jax.decoding.steps import (
     unstack,
 )
 
-__all__ = [
-    "BLOCK",
-    "BranchResult",
-    "Cache",
-    "Columns",
-    "Event",
-    "Method",
-    "ParallelDecoder",
-    "Program",
-    "Prompt",
-    "Result",
-]
-__all__ += ["SamplingParams", "State", "cache_bytes", "decode_block", "encode", "feed", "make_prompt", "prefill"]
-__all__ += ["Session", "start", "unstack"]
+__all__ = ["BLOCK", "BranchResult", "Cache", "Columns", "Event", "Method", "ParallelDecoder", "Program", "Prompt"]
+__all__ += ["Result", "SamplingParams", "Session", "State", "cache_bytes", "decode_block", "encode", "feed"]
+__all__ += ["make_prompt", "prefill", "start", "unstack"]

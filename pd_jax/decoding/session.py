@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal, Unpack
 
 import jax
@@ -16,7 +17,7 @@ from pd_jax.decoding.prompts import Prompt, branch_limits, make_prompt
 from pd_jax.decoding.sampling import SamplingOptions, SamplingParams
 from pd_jax.decoding.steps import BLOCK, PIECE, enlarge, extend, prefill
 from pd_jax.errors import InputError, check_text, check_whole, shown
-from pd_jax.layout import Branch, Sample, TokenSample, Turn, bucket, members
+from pd_jax.layout import Branch, Sample, TokenSample, Turn, bucket, members, place_texts
 
 SMALLEST_BLOCK = 64  # tokens; the smallest bucket of what is read at once behind the background
 Text = str | Sequence[int]  # or token ids
@@ -139,6 +140,11 @@ class Session:
             return np.asarray(where.column, np.int64) << 32 | np.asarray(where.branch)
 
         new = np.flatnonzero(place.valid & ~np.isin(key(place), key(held)[held.valid]))
+        if self._visibility == "isolated":
+            # Branch by branch, behind what the turn before said last: then few pieces of the cache are seen by a piece.
+            places = chain(*place_texts(self._said, self._decoder.align))
+            later = place.column[new] >= max(text.end() for text in places)
+            new = new[np.lexsort((place.column[new], place.branch[new], later))]
         self._read = len(new)
         size = bucket(len(new), SMALLEST_BLOCK)
         tokens = self._size("tokens", size if size <= PIECE else -(-size // PIECE) * PIECE, waste=4)
@@ -147,12 +153,13 @@ class Session:
         def cut(array: Any) -> np.ndarray:
             return np.pad(np.asarray(array)[:, new], ((0, 0), (0, tokens - len(new))))
 
-        rest = {
-            f: np.pad(x, ((0, 0), (0, more), *((0, 0),) * (x.ndim - 2)))
-            for f, x in whole._asdict().items()
-            if f not in ("tokens", "coordinates")
-        }
-        rest["last"] = np.searchsorted(new, rest["last"]).astype(np.int32)
+        def widen(array: np.ndarray) -> np.ndarray:
+            return np.pad(array, ((0, 0), (0, more), *((0, 0),) * (array.ndim - 2)))
+
+        rest = {name: widen(getattr(whole, name)) for name in whole._fields[2:]}
+        found = np.zeros(len(place.valid), np.int32)
+        found[new] = np.arange(len(new))
+        rest["last"] = found[rest["last"]]
         return Prompt(cut(whole.tokens), jax.tree.map(cut, whole.coordinates), **rest)
 
     def _ask(self, turn: Turn, params: SamplingParams, every: int) -> Iterator[Said]:

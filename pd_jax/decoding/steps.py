@@ -20,10 +20,10 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from pd_jax.attention import make_attention, sibling_scores
+from pd_jax.attention import make_attention
 from pd_jax.columns import Coordinates, column_mask, rope_tables, sibling_mask
 from pd_jax.config import ModelConfig, RowVisibility
-from pd_jax.cpu import attend_from_the_left, cache_stands_left, times
+from pd_jax.cpu import attend_in_pieces, pieces_are_faster, times
 from pd_jax.decoding.prompts import Prompt
 from pd_jax.decoding.sampling import Controls, Method, distribution, draw
 from pd_jax.mesh import CACHE_KS_C_H
@@ -129,24 +129,25 @@ def _over_heads(cache: Array) -> Array:
     return jax.lax.with_sharding_constraint(cache, CACHE_KS_C_H)
 
 
-def cached_attention(q: Array, k: Array, v: Array, mask: Array, bias: Array | None = None) -> Array:
+def cached_attention(
+    q: Array, k: Array, v: Array, mask: Array, siblings: Array, sibling_bias: Array | None, filled: Array
+) -> Array:
     """`attention.dense_attention` for a few queries over a heads-major cache, the branches folded into the GQA rows.
 
-    q [S, n, N, H], k and v [K*S, C, H], mask [S, n, C], bias [S, N, n, C] -> [S, n, N, H].
+    q [S, n, N, H], k and v [K*S, C, H], mask and siblings [S, n, C], sibling_bias [N] or None -> [S, n, N, H]. filled:
+    int32 scalar; no query sees a slot from there on.
     """
     s, n, _, h = q.shape
     heads, slots = k.shape[0] // s, k.shape[1]
     folded = q.reshape(s, n, heads, -1, h).transpose(2, 0, 1, 3, 4)  # [K, S, n, G, H]
-    if bias is not None:
-        bias = bias.reshape(s, heads, -1, n, slots).transpose(1, 0, 3, 2, 4)  # [K, S, n, G, C]
-    if cache_stands_left(n * folded.shape[3]):
-        out = attend_from_the_left(folded, k, v, mask, bias)
+    if pieces_are_faster(n * folded.shape[3]):
+        out = attend_in_pieces(folded, k, v, mask, siblings, sibling_bias, filled)
     else:
         rows = folded.reshape(heads * s, -1, h)
         scores = jnp.einsum("brh,bch->brc", rows, k, preferred_element_type=jnp.float32)
         scores = scores.reshape(*folded.shape[:4], slots) / math.sqrt(h)
-        if bias is not None:
-            scores += bias
+        if sibling_bias is not None:
+            scores += jnp.where(siblings[None, :, :, None], sibling_bias.reshape(heads, 1, 1, -1, 1), 0.0)
         scores = jnp.where(mask[None, :, :, None], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         out = jnp.einsum("brc,bch->brh", weights.reshape(heads * s, -1, slots), v).reshape(folded.shape)
@@ -197,8 +198,7 @@ def read(weights: Params, program: Program, tokens: Array, here: Coordinates, ca
             for past, new in zip(next(old), (k, v), strict=True)
         )
         layers.append((k, v))
-        bias = None if sibling_bias is None else sibling_scores(siblings, sibling_bias)
-        return cached_attention(q, k, v, mask, bias)
+        return cached_attention(q, k, v, mask, siblings, sibling_bias, cache.slot + tokens.shape[1])
 
     hidden, _ = encode(weights, program, tokens, here, attend)
     return dataclasses.replace(cache, layers=layers, coordinates=coordinates), hidden
@@ -278,13 +278,9 @@ def begin(
         token=jnp.zeros((s, n), jnp.int32),
         live=jnp.zeros((s, n), bool),
         done=prompt.limit == 0,
-        branch=prompt.branch,
-        first=prompt.first,
-        forced=prompt.forced,
-        forced_count=prompt.forced_count,
-        limit=prompt.limit,
         key=key,
         seen=seen,
+        **{name: getattr(prompt, name) for name in ("branch", "first", "forced", "forced_count", "limit")},
     )
     ends = jnp.take_along_axis(hidden, prompt.last[..., None], axis=1)  # [S, n, D]
     return state, _logits(weights, ends)

@@ -15,8 +15,9 @@ from sources import random_params
 
 import pd_jax.decoding.decoder
 from pd_jax import ParallelDecoder, Sample, SamplingParams, lora
-from pd_jax.attention import dense_attention
+from pd_jax.attention import dense_attention, sibling_scores
 from pd_jax.config import VISIBILITIES, Align, Llama3Rope, LoraConfig
+from pd_jax.cpu import PIECE
 from pd_jax.data.answers import Transcript
 from pd_jax.decoding.prompts import make_prompt
 from pd_jax.decoding.sampling import Controls, Method, SamplingOptions, cut, distribution, draw
@@ -74,20 +75,36 @@ def tokens(results):
 
 
 # --- the invariant
-@pytest.mark.parametrize("branches", [1, 4, 32, 33])  # 2, 8, 64 and 66 rows a kv head: on a CPU the order changes
+@pytest.mark.parametrize(("branches", "slots"), [(1, 40), (32, 40), (32, 2 * PIECE), (33, 2 * PIECE + 40)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_attention_over_the_cache_is_dense_attention(branches, biased):
-    samples, heads, kv_heads, slots, size = 2, 6, 3, 40, 16
+def test_attention_over_the_cache_is_dense_attention(branches, slots, biased):
+    samples, heads, kv_heads, size, filled = 2, 6, 3, 16, slots - 3
     rng = np.random.default_rng(branches)
     q, k, v = (
         jnp.asarray(rng.standard_normal((samples, *shape, size)), jnp.float32)
         for shape in ((branches, heads), (slots, kv_heads), (slots, kv_heads))
     )
-    mask = jnp.asarray(rng.random((samples, branches, slots)) < 0.5).at[..., 0].set(True)
-    bias = jnp.asarray(rng.standard_normal((samples, heads, branches, slots)), jnp.float32) if biased else None
+    mask = jnp.asarray(rng.random((samples, branches, slots)) < 0.5).at[..., filled - 1].set(True)
+    mask = mask.at[..., filled:].set(False)
+    siblings = jnp.asarray(rng.random(mask.shape) < 0.5).at[..., filled - 1].set(False)
+    bias = jnp.array([-jnp.inf, *rng.standard_normal(heads - 1)], jnp.float32) if biased else None
+    expected = dense_attention(q, k, v, mask, sibling_scores(siblings, bias) if biased else None)
     k_cached, v_cached = (jnp.transpose(x, (2, 0, 1, 3)).reshape(kv_heads * samples, slots, size) for x in (k, v))
-    ours = jax.jit(cached_attention)(q, k_cached, v_cached, mask, bias)
-    np.testing.assert_allclose(ours, dense_attention(q, k, v, mask, bias), atol=1e-6, rtol=1e-5)
+    ours = jax.jit(cached_attention)(q, k_cached, v_cached, mask, siblings, bias, jnp.int32(filled))
+    np.testing.assert_allclose(ours, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_what_nobody_sees_of_the_cache_is_not_read():
+    """Pieces of it that hold NaN: one that the mask hides from all, and those behind what is filled."""
+    rng = np.random.default_rng(0)
+    slots = 4 * PIECE
+    q, k = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1, 32, 4, 8), (2, slots, 8)))
+    k = k.at[:, PIECE : 2 * PIECE].set(jnp.nan).at[:, 3 * PIECE :].set(jnp.nan)
+    mask = jnp.ones((1, 32, slots), bool).at[..., PIECE : 2 * PIECE].set(False)
+    ours = jax.jit(cached_attention)(q, k, k, mask, ~mask, None, jnp.int32(3 * PIECE))
+    kept = jnp.r_[:PIECE, 2 * PIECE : 3 * PIECE]
+    short = k[:, kept].swapaxes(0, 1)[None]
+    np.testing.assert_allclose(ours, dense_attention(q, short, short, mask[..., kept]), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("visibility", ["columns", "isolated", "prompts"])
