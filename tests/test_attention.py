@@ -187,7 +187,7 @@ def samples(draw):
     return sample(draw(st.integers(0, 12)), prompts, answers)  # at most 60 tokens
 
 
-few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 # Every example has the shape of ALL, so that nothing compiles again.

@@ -1,15 +1,15 @@
 """Faults on purpose: a program that dies, or finds the disk full, at a change to its files that can be chosen.
 
-    python tests/faults/injected.py PATTERN SCRIPT ARGUMENTS ...
+    python tests/faults/injected.py SIGNAL PATTERN SCRIPT ARGUMENTS ...
 
-runs a script of ours and kills it with SIGKILL before its first change to a file whose "event path" matches PATTERN.
+runs a script of ours and sends it a signal (9 is SIGKILL) once, before its first change to a file whose "event path"
+matches PATTERN.
 """  # fmt: skip
 
 import errno
 import os
 import re
 import runpy
-import signal
 import sys
 import threading
 from collections.abc import Callable, Generator
@@ -73,16 +73,17 @@ def at_change(number: int, fault: str, under: Path) -> Generator[None]:
         arm(None)
 
 
-def die_at(pattern: str) -> None:
+def strike_at(number: int, pattern: str) -> None:
     def asked(event: str, path: str) -> None:
         if re.search(pattern, f"{event} {path}"):
-            os.kill(os.getpid(), signal.SIGKILL)
+            arm(None)
+            os.kill(os.getpid(), number)
 
     arm(asked)
 
 
 if __name__ == "__main__":
-    die_at(sys.argv[1])
-    sys.argv = sys.argv[2:]
+    strike_at(int(sys.argv[1]), sys.argv[2])
+    sys.argv = sys.argv[3:]
     sys.path.insert(0, str(Path(__file__).parents[2]))
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -41,6 +41,8 @@ def arguments(name: str, inputs: Path, out: Path) -> list[str]:
         "pretrain": f"scripts/pretrain.py --model-name {inputs}/models/hf --random-init --dataset-name "
         f"{inputs}/web.jsonl --branch-count 2 --seq-length 8 --max-steps 24 --save-steps 4 --keep 1 --logging-steps 1 "
         f"--mesh 1 1 1 --output-dir {out}/run",
+        "finetune": f"scripts/finetune.py --model-name {model} --dataset-name {squad} --min-questions 1 "
+        f"--max-length 160 --epochs 99 --max-steps 24 --save-steps 4 --keep 1 --logging-steps 1 --mesh 1 1 1 --output-dir {out}/run",
     }[name].split()
 
 
@@ -60,7 +62,7 @@ def run(argv: list[str]) -> tuple[int, str]:
 
 def made(name: str, out: Path) -> str:
     """What a command made, as one text; without what is measured and where it lies."""
-    if name == "pretrain":
+    if name in ("pretrain", "finetune"):
         from pd_jax.files import digest, load_config, load_params
 
         lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]

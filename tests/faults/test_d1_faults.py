@@ -119,11 +119,11 @@ PLACES = {  # the change before which it happens
 }
 
 
-def doomed(pattern: str, argv: list[str], seconds: float | None = None) -> tuple[int, str]:
-    command = [sys.executable, str(ROOT / "tests" / "faults" / "injected.py"), pattern, *argv]
+def doomed(pattern: str, argv: list[str], number: int = signal.SIGKILL) -> tuple[int, str]:
+    command = [sys.executable, str(ROOT / "tests" / "faults" / "injected.py"), str(int(number)), pattern, *argv]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    said = process.communicate(timeout=seconds)[0].decode()
+    said = process.communicate()[0].decode()
     return process.returncode, said
 
 
@@ -159,11 +159,12 @@ def test_interrupted(inputs, whole, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_training_run_killed_while_its_model_is_written(inputs, tmp_path):
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_a_training_run_killed_while_its_model_is_written(inputs, tmp_path, name):
     """Three kills in one run; what it makes in the end is bit for bit what an undisturbed one makes."""
     alone, run = tmp_path / "alone", tmp_path / "run"
-    assert doomed("nowhere", mounts.arguments("pretrain", inputs, alone))[0] == 0
-    argv = mounts.arguments("pretrain", inputs, run)
+    assert doomed("nowhere", mounts.arguments(name, inputs, alone))[0] == 0
+    argv = mounts.arguments(name, inputs, run)
     for pattern in (r"os.rename .*checkpoints/8$", r"open .*\.partial/config\.json$", r"os.rename .*run/config\.json$"):
         code, said = doomed(pattern, argv)
         assert code == -signal.SIGKILL, said
@@ -171,13 +172,28 @@ def test_a_training_run_killed_while_its_model_is_written(inputs, tmp_path):
     code, said = doomed("nowhere", argv)
     assert code == 0, said
     assert "resuming" in said
-    assert mounts.made("pretrain", run) == mounts.made("pretrain", alone)
+    assert mounts.made(name, run) == mounts.made(name, alone)
+
+
+@pytest.mark.slow
+def test_a_training_run_interrupted_goes_on(inputs, tmp_path):
+    """Ctrl-C after some steps: the step is finished and saved, and the same command goes on, bit for bit."""
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    assert doomed("nowhere", mounts.arguments("finetune", inputs, alone))[0] == 0
+    code, said = doomed(r"os.rename .*checkpoints/8$", mounts.arguments("finetune", inputs, run), number=signal.SIGINT)
+    assert code != -signal.SIGINT, said
+    assert "Traceback" not in said
+    assert not (run / "run" / "config.json").exists()
+    code, said = doomed("nowhere", mounts.arguments("finetune", inputs, run))
+    assert code == 0, said
+    assert "resuming" in said
+    assert mounts.made("finetune", run) == mounts.made("finetune", alone)
 
 
 # Two at once ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n == "evaluate" else []) for n in QUICK])
 def test_two_at_once(inputs, tmp_path, name):
     outputs = {"answer": "answers.jsonl", "evaluate": "evaluation", "hf_to_flax": "flax", "flax_to_hf": "hf"}
     out = tmp_path / outputs[name]

@@ -455,6 +455,7 @@ def test_what_does_not_fit_is_counted(tmp_path, monkeypatch, capsys):
     assert taken["tokens"].shape == (8, 112)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_takes_before_it_takes_it(tmp_path, capsys):
     """Memory before the first step, by the compiler's account; the time that is left after the second."""
     sizes = {}
