@@ -42,7 +42,8 @@ def arguments(name: str, inputs: Path, out: Path) -> list[str]:
         f"{inputs}/web.jsonl --branch-count 2 --seq-length 8 --max-steps 24 --save-steps 4 --keep 1 --logging-steps 1 "
         f"--mesh 1 1 1 --output-dir {out}/run",
         "finetune": f"scripts/finetune.py --model-name {model} --dataset-name {squad} --min-questions 1 "
-        f"--max-length 160 --epochs 99 --max-steps 24 --save-steps 4 --keep 1 --logging-steps 1 --mesh 1 1 1 --output-dir {out}/run",
+        "--max-length 160 --epochs 99 --max-steps 24 --save-steps 4 --keep 1 --logging-steps 1 --mesh 1 1 1 "
+        f"--output-dir {out}/run",
     }[name].split()
 
 
