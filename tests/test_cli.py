@@ -37,6 +37,11 @@ def test_an_empty_list_is_a_value():
     assert parse(Flags, ["--pair-indices"]).pair_indices == ()
 
 
+def test_a_flag_of_several_values_may_be_given_again():
+    assert parse(Flags, ["--pair-indices", "1", "2", "--pair-indices", "3"]).pair_indices == (1, 2, 3)
+    assert parse(Flags, ["--pair-indices", "1"]).pair_indices == (1,)  # the default is replaced
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
