@@ -75,7 +75,7 @@ def tokens(results):
 
 
 # --- the invariant
-@pytest.mark.parametrize(("branches", "slots"), [(1, 40), (32, 40), (32, 2 * PIECE), (33, 2 * PIECE + 40)])
+@pytest.mark.parametrize(("branches", "slots"), [(1, 40), (128, 40), (128, 2 * PIECE), (129, 2 * PIECE + 40)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_attention_over_the_cache_is_dense_attention(branches, slots, biased):
     samples, heads, kv_heads, size, filled = 2, 6, 3, 16, slots - 3
@@ -98,9 +98,9 @@ def test_what_nobody_sees_of_the_cache_is_not_read():
     """Pieces of it that hold NaN: one that the mask hides from all, and those behind what is filled."""
     rng = np.random.default_rng(0)
     slots = 4 * PIECE
-    q, k = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1, 32, 4, 8), (2, slots, 8)))
+    q, k = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1, 128, 4, 8), (2, slots, 8)))
     k = k.at[:, PIECE : 2 * PIECE].set(jnp.nan).at[:, 3 * PIECE :].set(jnp.nan)
-    mask = jnp.ones((1, 32, slots), bool).at[..., PIECE : 2 * PIECE].set(False)
+    mask = jnp.ones((1, 128, slots), bool).at[..., PIECE : 2 * PIECE].set(False)
     ours = jax.jit(cached_attention)(q, k, k, mask, ~mask, None, jnp.int32(3 * PIECE))
     kept = jnp.r_[:PIECE, 2 * PIECE : 3 * PIECE]
     short = k[:, kept].swapaxes(0, 1)[None]
