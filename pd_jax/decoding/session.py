@@ -141,7 +141,7 @@ class Session:
 
         new = np.flatnonzero(place.valid & ~np.isin(key(place), key(held)[held.valid]))
         if self._visibility == "isolated":
-            # Branch by branch, behind what the turn before said last: then few pieces of the cache are seen by a piece.
+            # First what the turn before said last, then branch by branch: siblings are then pieces that nobody sees.
             places = chain(*place_texts(self._said, self._decoder.align))
             later = place.column[new] >= max(text.end() for text in places)
             new = new[np.lexsort((place.column[new], place.branch[new], later))]
